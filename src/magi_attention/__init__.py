@@ -1,0 +1,1 @@
+from magi_attention import ops  # noqa: F401
