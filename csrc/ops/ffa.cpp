@@ -12,7 +12,7 @@ using Outputs = std::tuple<Tensor, Tensor>;
 
 Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices, const std::optional<Tensor>& sink,
                 const std::optional<Tensor>& out_prev, const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                int64_t sm_margin, std::optional<ScalarType> out_dtype, const std::vector<Tensor>& /*after*/) {
+                int64_t sm_margin, std::optional<ScalarType> out_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
     ForwardCall call = check_forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype);
     cpu::ffa_forward(call.params);
     return {call.out, call.lse};
@@ -21,13 +21,13 @@ Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 Outputs ffa_slices(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices, const std::optional<Tensor>& sink,
                    std::optional<double> softmax_scale, double softcap, bool /*deterministic: a forward always is*/, int64_t sm_margin) {
     return ffa_fwd(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap, sm_margin,
-                   std::nullopt, {});
+                   std::nullopt, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                                            const Tensor& delta, const Tensor& slices, const std::optional<Tensor>& dq_prev,
                                            double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
-                                           std::optional<ScalarType> grad_dtype, const std::vector<Tensor>& /*after*/) {
+                                           std::optional<ScalarType> grad_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
     BackwardCall call = check_backward(dout, q, k, v, lse, delta, slices, dq_prev, softmax_scale, softcap, deterministic, sm_margin,
                                        grad_dtype);
     cpu::ffa_backward(call.params);

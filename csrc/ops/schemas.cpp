@@ -11,12 +11,12 @@ STABLE_TORCH_LIBRARY(magi, m) {
         "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor out, Tensor lse)");
     m.def(
         "ffa_fwd(Tensor q, Tensor k, Tensor v, Tensor slices, *, Tensor? sink=None, Tensor? out_prev=None, Tensor? lse_prev=None, "
-        "float softmax_scale, float softcap=0.0, int sm_margin=0, ScalarType? out_dtype=None, Tensor[] after=[]) "
+        "float softmax_scale, float softcap=0.0, int sm_margin=0, ScalarType? out_dtype=None, Tensor[]? after=None) "
         "-> (Tensor out, Tensor lse)");
     m.def(
         "ffa_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor slices, *, Tensor? dq_prev=None, "
         "float softmax_scale, float softcap=0.0, bool deterministic=False, int sm_margin=0, ScalarType? grad_dtype=None, "
-        "Tensor[] after=[]) -> (Tensor dq, Tensor dk, Tensor dv)");
+        "Tensor[]? after=None) -> (Tensor dq, Tensor dk, Tensor dv)");
     m.def("ffa_delta(Tensor dout, Tensor out, Tensor? dlse=None) -> Tensor");
     m.def("band_slices(Tensor q_ranges, Tensor k_ranges, Tensor attn_type_map) -> Tensor");
     m.def("range_gather(Tensor x, Tensor ranges, SymInt total) -> Tensor");
