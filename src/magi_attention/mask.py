@@ -1,7 +1,8 @@
 """Which keys may each query row attend? `Mask`: a list of slices, rectangles of (row, key) cells with a diagonal band.
 
-A slice `q0 q1 k0 k1 lo hi` holds the cells of `[q0, q1) x [k0, k1)` with `lo <= k - q <= hi` (both inclusive); `NO_LO` and
-`NO_HI` stand for an absent bound. The four mask types are shorthand that exists at this border only (`band_slices`).
+A slice `q0 q1 k0 k1 lo hi` holds the cells of `[q0, q1) x [k0, k1)` with `lo <= k - q <= hi` (both inclusive); `NO_LO`
+and `NO_HI` stand for an absent bound. The four mask types are shorthand that exists at this border only
+(`band_slices`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Ints = Sequence[int] | Tensor
 
 
 class AttnMaskType(enum.Enum):
-    """Shorthand for a band: bit 0 of the code bounds it from above (bottom-right aligned), bit 1 from below (top-left)."""
+    """Shorthand for a band: bit 0 of the code bounds it from above (bottom-right aligned), bit 1 below (top-left)."""
 
     FULL = "full"
     CAUSAL = "causal"
@@ -64,8 +65,8 @@ def band_slices(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor) -> Te
 def window_slices(q_ranges: Ranges, k_ranges: Ranges, window: tuple[int, int]) -> Tensor:
     """One band slice int32 [n, 6] per pair of ranges: a sliding window aligned to the bottom-right corner.
 
-    Row i of sq sees key j of sk where `e - left <= j <= e + right` with `e = i + sk - sq`; a bound of -1 is absent. Where
-    sq > sk the first sq - sk rows, which lie above the first key, see nothing.
+    Row i of sq sees key j of sk where `e - left <= j <= e + right` with `e = i + sk - sq`; a bound of -1 is absent.
+    Where sq > sk the first sq - sk rows, which lie above the first key, see nothing.
 
     Example: `window_slices([[0, 4]], [[0, 6]], (1, 0))` gives rows `.xx...  ..xx..  ...xx.  ....xx`.
     """
@@ -105,9 +106,9 @@ def slice_areas(slices: Tensor) -> Tensor:
 class Mask:
     """The (row, key) cells that attention computes: a list of slices that do not overlap.
 
-    Build one with a class method (`Mask.causal`, `Mask.varlen`, `Mask.from_slices`, ...). A mask is a value: frozen, hashable
-    and equal by its slices and lengths, picklable; its tensor is never to be modified. Rows that no slice covers attend
-    nothing (out 0, lse -inf).
+    Build one with a class method (`Mask.causal`, `Mask.varlen`, `Mask.from_slices`, ...). A mask is a value: frozen,
+    hashable and equal by its slices and lengths, picklable; its tensor is never to be modified. Rows that no slice
+    covers attend nothing (out 0, lse -inf).
 
     Attributes:
         slices: int32 CPU tensor [n, 6], columns q0 q1 k0 k1 lo hi; `lo <= k - q <= hi` inside `[q0, q1) x [k0, k1)`.
@@ -153,7 +154,7 @@ class Mask:
         keep = (q0 < q1) & (k0 < k1) & (least <= most)
         return object.__new__(cls)._set(slices if bool(keep.all()) else slices[keep], total_q, total_k)
 
-    # ---- builders ------------------------------------------------------------------------------------------------------------
+    # ---- builders ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def full(cls, total_q: int, total_k: int | None = None) -> Mask:
@@ -190,13 +191,13 @@ class Mask:
         """Packed documents, each attending itself only.
 
         Args:
-            cu_seqlens: [documents + 1], where documents begin and end: starts at 0, never decreases; a document may be empty.
+            cu_seqlens: [documents + 1], from 0 to the total, never decreasing; a document may be empty.
             causal: a row sees no later key; the right side of `window` must then be -1 or 0.
             window: (left, right) as in `sliding_window`, within each document; one slice per document.
             global_tokens: the first rows of each document that every row in it sees besides its window, where the right
                 side of the window allows; at most two slices per document.
-            cu_seqlens_k: the documents' keys where they differ from their rows; causal and windows are then aligned to each
-                document's bottom-right corner.
+            cu_seqlens_k: the documents' keys where they differ from their rows; causal and windows are then aligned to
+                each document's bottom-right corner.
 
         Example: `Mask.varlen([0, 4], window=(1, 0), global_tokens=1)` has rows `x...  xx..  xxx.  x.xx`.
         """
@@ -230,7 +231,7 @@ class Mask:
 
     @classmethod
     def block_causal(cls, total: int, block: int, *, cu_seqlens: Ints | None = None) -> Mask:
-        """Blocks of `block` rows, each seeing its whole block and all earlier ones (of its document, with `cu_seqlens`).
+        """Blocks of `block` rows; each sees itself whole and all earlier ones (of its document, with `cu_seqlens`).
 
         The last block of the sequence, or of a document, may be shorter. One slice per block.
         """
@@ -258,7 +259,7 @@ class Mask:
 
     @classmethod
     def shared_question(cls, question: int, answers: Ints) -> Mask:
-        """One question followed by its answers; each answer sees the question and itself, causally, and no other answer.
+        """One question, then its answers: each answer sees the question and itself, causally, and no other answer.
 
         Args:
             question: rows of the question (causal).
@@ -300,8 +301,8 @@ class Mask:
         ends = torch.zeros(len(parent), dtype=torch.int64).index_add_(0, merged, length).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends])[: len(parent)]
 
-        # Every pair (ancestor or self, node), one generation at a time; runs of one ancestor's nodes become one slice. Rows of
-        # a later node lie above the diagonal of an earlier one's keys, so that "causal" holds for all of them.
+        # Every pair (ancestor or self, node), one generation at a time; runs of one ancestor's nodes become one slice.
+        # Rows of a later node lie above the diagonal of an earlier one's keys, so that "causal" holds for all of them.
         below = ancestor = torch.arange(len(parent))
         pairs = []
         while len(below):
@@ -332,14 +333,16 @@ class Mask:
 
         Args:
             q_ranges, k_ranges: [n, 2], half-open; lists or integer tensors.
-            types: per slice a code (0 to 3), a name ('full', 'causal', 'inv_causal', 'bi_causal') or an `AttnMaskType`; one
-                alone holds for all slices.
+            types: per slice a code (0 to 3), a name ('full', 'causal', 'inv_causal', 'bi_causal') or an `AttnMaskType`;
+                one alone holds for all slices.
             total_q, total_k: lengths; by default the largest end.
 
         Raises:
             ValueError: two slices cover the same cell (the message names them), or any range or type is not valid.
 
-        Example: `Mask.from_slices([[0, 2], [2, 4]], [[0, 2], [0, 4]], ["full", "causal"])` has rows `xx..  xx..  xxx.  xxxx`.
+        Example:
+            >>> Mask.from_slices([[0, 2], [2, 4]], [[0, 2], [0, 4]], ["full", "causal"]).area()
+            11
         """
         q = _ranges("q_ranges", q_ranges)
         k = _ranges("k_ranges", k_ranges, len(q))
@@ -359,8 +362,8 @@ class Mask:
 
         Args:
             q_ranges, k_ranges, total_q, total_k: as in `from_slices`.
-            bands: per slice (lo, hi), inclusive, None for an absent bound; one pair alone holds for all slices. A tensor
-                [n, 2] takes `NO_LO` and `NO_HI` for absent bounds.
+            bands: per slice (lo, hi), inclusive, None for an absent bound; one pair alone holds for all slices. A
+                tensor [n, 2] takes `NO_LO` and `NO_HI` for absent bounds.
 
         Example: `Mask.from_bands([[0, 3]], [[0, 4]], [(0, 1)])` has rows `xx..  .xx.  ..xx`.
         """
@@ -379,7 +382,7 @@ class Mask:
         slices = torch.cat([q, k, bands], dim=1).to(torch.int32) if codes is None else band_slices(q, k, codes)
         return cls(slices, total_q, total_k)
 
-    # ---- what it holds -------------------------------------------------------------------------------------------------------
+    # ---- what it holds -----------------------------------------------------------------------------------------------
 
     def dense(self) -> Tensor:
         """bool [total_q, total_k], True where a row sees a key. For small masks: it has total_q * total_k elements."""
@@ -425,7 +428,7 @@ class Mask:
         _check_within("shifted keys", moved[:, 2:4], "total_k", total_k)
         return Mask._disjoint(moved.to(torch.int32), total_q, total_k)
 
-    # ---- pictures ------------------------------------------------------------------------------------------------------------
+    # ---- pictures ----------------------------------------------------------------------------------------------------
 
     def coverage(self, num_tiles: int = 512) -> Tensor:
         """Which part of each tile is allowed: float32 [rows of tiles, columns of tiles], at most `num_tiles` each way.
@@ -483,7 +486,7 @@ class Mask:
             figure.savefig(path)
         return figure
 
-    # ---- a value -------------------------------------------------------------------------------------------------------------
+    # ---- a value -----------------------------------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -493,9 +496,7 @@ class Mask:
         )
 
     def __hash__(self) -> int:
-        flat = self.slices.flatten().long()
-        weights = torch.arange(1, len(flat) + 1) * 0x9E3779B97F4A7C1  # position matters; int64 wraps
-        return hash((self.total_q, self.total_k, len(flat), int(((flat + 1) * weights).sum())))
+        return hash((self.total_q, self.total_k, self.slices.numpy().tobytes()))
 
     def __repr__(self) -> str:
         cells = max(self.total_q * self.total_k, 1)
@@ -506,7 +507,7 @@ class Mask:
         )
 
 
-# ---- checks at the border, and small tensor helpers ------------------------------------------------------------------------------
+# ---- checks at the border, and small tensor helpers ------------------------------------------------------------------
 
 
 def _describe(value: object) -> str:

@@ -1,5 +1,5 @@
-"""What is the right answer? Dense attention in fp64 with lse, sink, softcap and gradients, and the bar an implementation must
-meet. For tests and tools only: it holds every score at once."""
+"""What is the right answer? Dense attention in fp64 with lse, sink, softcap and gradients, and the bar an
+implementation must meet. For tests and tools only: it holds every score at once."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def attention(
         sink: [num_sinks, hq], natural-log logits that take part in every row's softmax and have no value.
         softmax_scale: factor on q . k; 1 / sqrt(d) by default.
         softcap: c > 0 turns a scaled score s into c * tanh(s / c).
-        dtype: precision of the products; statistics are fp32 or wider. fp64 is the reference, the inputs' own dtype (None)
-            the same formula as plain PyTorch would run it.
+        dtype: precision of the products; statistics are fp32 or wider. fp64 is the reference, the inputs' own dtype
+            (None) the same formula as plain PyTorch would run it.
 
     Returns:
         out [tq, hq, dv] in `dtype`, and lse [tq, hq] in fp32, or fp64 where `dtype` is fp64.
@@ -72,7 +72,8 @@ def attention(
     peak = scores.detach().amax(dim=2, keepdim=True)
     weights = torch.exp(scores - peak.masked_fill(peak == -torch.inf, 0))
 
-    # Constants stand in for the rows without keys before the division and the logarithm, so that no NaN enters the backward.
+    # Constants stand in for the rows without keys before the division and the logarithm, so that no NaN enters the
+    # backward.
     empty = ~allowed.any(dim=1)[:, None]  # [tq, 1]
     total = weights.sum(dim=2, keepdim=True).masked_fill(empty, 1)
     weights = (weights / total)[..., : k.shape[0]].to(dtype)
@@ -130,9 +131,10 @@ def run_with_grads(
 def assert_accurate(name: str, actual: Tensor, exact: Tensor, same_precision: Tensor, *, factor: float = 2.0) -> None:
     """The error contract: max |actual - exact| <= factor * max |same_precision - exact| + floor.
 
-    `exact` is the fp64 reference, `same_precision` the plain formula in the precision under test. Where the plain formula is
-    exact by luck, the floor still allows the largest value to be rounded once to `actual`'s dtype and its sum to be taken in
-    another order (2e-6 of it; 1e-13 for fp64). Infinities have to stand in the same places, and NaN nowhere.
+    `exact` is the fp64 reference, `same_precision` the plain formula in the precision under test. Where the plain
+    formula is exact by luck, the floor still allows the largest value to be rounded once to `actual`'s dtype and its
+    sum to be taken in another order (2e-6 of it; 1e-13 for fp64). Infinities have to stand in the same places, and NaN
+    nowhere.
 
     Raises:
         AssertionError: with both errors.
@@ -149,8 +151,8 @@ def assert_accurate(name: str, actual: Tensor, exact: Tensor, same_precision: Te
     order = 1e-13 if actual.dtype == torch.float64 else 2e-6
     floor = (torch.finfo(actual.dtype).eps / 2 + order) * want[finite].abs().max().item()
     assert error <= factor * plain_error + floor, (
-        f"{name}: max error {error:.3e} against fp64, allowed {factor:g} * {plain_error:.3e} (plain formula in the same "
-        f"precision) + {floor:.3e}"
+        f"{name}: max error {error:.3e} against fp64, allowed {factor:g} * {plain_error:.3e} (the plain formula in the "
+        f"same precision) + {floor:.3e}"
     )
 
 
@@ -168,10 +170,11 @@ def assert_attention(
     softcap: float = 0.0,
     factor: float = 2.0,
 ) -> None:
-    """`assert_accurate` for out, lse and every gradient of `function(q, k, v[, sink]) -> (out, lse)` in the inputs' dtype.
+    """`assert_accurate` for out, lse and every gradient of `function(q, k, v[, sink]) -> (out, lse)` in the inputs'
+    dtype.
 
-    The options describe what `function` computes; it is called without them. Gradients are compared in the dtype of their
-    input.
+    The options describe what `function` computes; it is called without them. Gradients are compared in the dtype of
+    their input.
 
     Example:
         >>> assert_attention(lambda q, k, v: torch.ops.magi.ffa.slices(q, k, v, mask.slices), q, k, v, mask, dout, dlse)
