@@ -1,0 +1,107 @@
+// How are the Hopper instructions spelled? Barriers, bulk copies, register budgets and conversions; one function each.
+#pragma once
+
+#include "args.cuh"
+#include "band.h"
+
+namespace magi {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+__device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// ---- mbarriers: a phase ends when all arrivals and all expected bytes are in -----------------------------------------
+__device__ __forceinline__ void barrier_init(u64& bar, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(&bar)), "r"(arrivals));
+}
+// After all barrier_init, before the __syncthreads that publishes them.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u64& bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(&bar)) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expect(u64& bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(&bar)), "r"(bytes) : "memory");
+}
+// Returns once the phase with this parity (0 for the first) has ended.
+__device__ __forceinline__ void barrier_wait(u64& bar, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nW%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D%=;\nbra W%=;\nD%=:\n}" ::"r"(
+            smem_addr(&bar)),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- named barriers: ids 1-15; 0 is __syncthreads ---------------------------------------------------------------------
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- bulk copies ------------------------------------------------------------------------------------------------------
+// One box of a [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
+__device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& bar, int dim, int head, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+            smem_addr(dst)),
+        "l"(&map), "r"(smem_addr(&bar)), "r"(dim), "r"(head), "r"(row)
+        : "memory");
+}
+__device__ __forceinline__ void tma_prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- registers --------------------------------------------------------------------------------------------------------
+template <int N>
+__device__ __forceinline__ void registers_grow() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void registers_shrink() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+template <class T>
+__device__ __forceinline__ u32 pack(float lo, float hi);
+template <>
+__device__ __forceinline__ u32 pack<bf16>(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+template <>
+__device__ __forceinline__ u32 pack<f16>(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f16 x) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
+    return r;
+}
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+}  // namespace magi

@@ -1,0 +1,119 @@
+// Builds the tile table on the device: one block a tile lists its slices, the last block to finish sorts the tiles.
+#include "tiles.cuh"
+
+#include "ptx.cuh"
+
+namespace magi {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kBuckets = 1024;
+
+struct Smem {
+    int warp_count[kWarps], warp_steps[kWarps];
+    int first, last_block;
+    int bucket[kBuckets + 1];
+};
+
+__device__ Slice slice_at(const TilesArgs& a, int i) { return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed); }
+
+// Sum over the block, the same in every thread.
+__device__ int block_sum(int x, int (&scratch)[kWarps]) {
+    x = __reduce_add_sync(~0u, x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    int sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += scratch[w];
+    __syncthreads();
+    return sum;
+}
+
+__device__ void list_slices(const TilesArgs& a, Smem& s) {
+    const TileTable& t = a.table;
+    const int row0 = blockIdx.x * t.tile_rows, row1 = min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q);
+    int count = 0, steps = 0;
+    for (int i = threadIdx.x; i < a.num_slices; i += kThreads) {
+        const int mine = num_steps(tile_columns(slice_at(a, i), row0, row1), t.step);
+        count += mine > 0;
+        steps += mine;
+    }
+    count = block_sum(count, s.warp_count);
+    steps = block_sum(steps, s.warp_steps);
+    if (threadIdx.x == 0) {
+        const int first = count ? atomicAdd(&t.header->pool_used, count) : 0;
+        const bool fits = first <= t.capacity - count;
+        s.first = fits ? first : -1;
+        t.unsorted[blockIdx.x] = {row0, s.first, fits ? count : a.num_slices, steps};
+    }
+    __syncthreads();
+    int at = s.first;
+    if (at < 0 || count == 0) return;
+    for (int base = 0; base < a.num_slices; base += kThreads) {  // ascending, so that every build gives the same lists
+        const int i = base + threadIdx.x;
+        Slice slice{};
+        int mine = 0;
+        if (i < a.num_slices) {
+            slice = slice_at(a, i);
+            mine = num_steps(tile_columns(slice, row0, row1), t.step);
+        }
+        const u32 hits = __ballot_sync(~0u, mine > 0);
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (lane == 0) s.warp_count[warp] = __popc(hits);
+        __syncthreads();
+        int before = 0, all = 0;
+        for (int w = 0; w < kWarps; ++w) {
+            before += w < warp ? s.warp_count[w] : 0;
+            all += s.warp_count[w];
+        }
+        if (mine > 0) t.pool[at + before + __popc(hits & ((1u << lane) - 1))] = {slice, i, mine};
+        at += all;
+        __syncthreads();
+    }
+}
+
+// Counting sort by num_steps, descending; tiles of one bucket in any order.
+__device__ void sort_tiles(const TileTable& t, Smem& s) {
+    int most = 1;
+    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) most = max(most, __ldcg(&t.unsorted[i].num_steps));
+    most = __reduce_max_sync(~0u, most);
+    if (threadIdx.x % 32 == 0) s.warp_count[threadIdx.x / 32] = most;
+    for (int b = threadIdx.x; b <= kBuckets; b += kThreads) s.bucket[b] = 0;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) most = max(most, s.warp_count[w]);
+    const float scale = float(kBuckets - 1) / float(most);
+    auto bucket_of = [&](int steps) { return kBuckets - 1 - min(kBuckets - 1, int(float(steps) * scale)); };
+    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads)
+        atomicAdd(&s.bucket[1 + bucket_of(__ldcg(&t.unsorted[i].num_steps))], 1);
+    __syncthreads();
+    if (threadIdx.x < 32) {  // running sum: bucket[b] = tiles in the buckets before b
+        int carry = 0;
+        for (int base = 0; base <= kBuckets; base += 32) {
+            const int b = base + threadIdx.x;
+            int x = b <= kBuckets ? s.bucket[b] : 0;
+            for (int step = 1; step < 32; step *= 2) {
+                const int below = __shfl_up_sync(~0u, x, step);
+                if (threadIdx.x >= step) x += below;
+            }
+            if (b <= kBuckets) s.bucket[b] = x + carry;
+            carry += __shfl_sync(~0u, x, 31);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) {
+        const int4 tile = __ldcg(reinterpret_cast<const int4*>(t.unsorted) + i);
+        t.tiles[atomicAdd(&s.bucket[bucket_of(tile.w)], 1)] = {tile.x, tile.y, tile.z, tile.w};
+    }
+}
+
+extern "C" __global__ __launch_bounds__(kThreads) void tiles(const __grid_constant__ TilesArgs a) {
+    __shared__ Smem s;
+    list_slices(a, s);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        s.last_block = atomicAdd(&a.table.header->tiles_done, 1) == a.table.num_tiles - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (s.last_block) sort_tiles(a.table, s);
+}
+
+}  // namespace magi
