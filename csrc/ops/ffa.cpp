@@ -64,20 +64,6 @@ Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor&
     return slices;
 }
 
-// ffa on typed slices is ffa.slices on their bands: it differentiates, traces and shards through that one.
-Outputs ffa(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_ranges, const Tensor& k_ranges,
-            const Tensor& attn_type_map, const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
-            bool deterministic, int64_t sm_margin) {
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
-    StableIValue bands[] = {from(q_ranges), from(k_ranges), from(attn_type_map)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("magi::band_slices", "", bands, TORCH_ABI_VERSION));
-    StableIValue call[] = {from(q),    from(k),           from(v),       bands[0],            from(sink),
-                           from(softmax_scale), from(softcap), from(deterministic), from(sm_margin)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("magi::ffa", "slices", call, TORCH_ABI_VERSION));
-    return {to<Tensor>(call[0]), to<Tensor>(call[1])};
-}
-
 }  // namespace
 }  // namespace magi
 
@@ -88,5 +74,3 @@ STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("ffa_delta", TORCH_BOX(&magi::ffa_delta));
     m.impl("band_slices", TORCH_BOX(&magi::band_slices));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(magi, CompositeImplicitAutograd, m) { m.impl("ffa", TORCH_BOX(&magi::ffa)); }

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(magi, m) {
         "ffa(Tensor q, Tensor k, Tensor v, Tensor q_ranges, Tensor k_ranges, Tensor attn_type_map, *, Tensor? sink=None, "
         "float? softmax_scale=None, float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor out, Tensor lse)");
     m.def(
-        "ffa.slices(Tensor q, Tensor k, Tensor v, Tensor slices, *, Tensor? sink=None, float? softmax_scale=None, "
+        "ffa.slices(Tensor q, Tensor k, Tensor v, Tensor slices, Tensor? sink=None, *, float? softmax_scale=None, "
         "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor out, Tensor lse)");
     m.def(
         "ffa_fwd(Tensor q, Tensor k, Tensor v, Tensor slices, *, Tensor? sink=None, Tensor? out_prev=None, Tensor? lse_prev=None, "

@@ -1,1 +1,7 @@
-from magi_attention import ops  # noqa: F401
+"""Exact attention under any mask that is a list of slices, on one device or on a context-parallel group, traced whole by torch.compile.
+
+The ops are `torch.ops.magi.*`; the Python level is what this package exports (see `magi_attention.api`).
+"""
+
+from magi_attention.api import *  # noqa: F403
+from magi_attention.api import __all__ as __all__
