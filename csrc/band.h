@@ -40,7 +40,11 @@ MAGI_HD constexpr Slice crop(const Slice& s, int q0, int q1, int k0, int k1) {
 
 // A move shifts the band by a constant; an absent bound stays absent.
 MAGI_HD constexpr Slice shift(const Slice& s, int dq, int dk) {
-    return {s.q0 + dq, s.q1 + dq, s.k0 + dk, s.k1 + dk, s.lo <= kNoLo ? kNoLo : s.lo + dk - dq,
+    return {s.q0 + dq,
+            s.q1 + dq,
+            s.k0 + dk,
+            s.k1 + dk,
+            s.lo <= kNoLo ? kNoLo : s.lo + dk - dq,
             s.hi >= kNoHi ? kNoHi : s.hi + dk - dq};
 }
 
@@ -56,9 +60,7 @@ struct Range {
 MAGI_HD constexpr Range keys_of_rows(const Slice& s, int q0, int q1) {
     return {s.lo <= kNoLo ? s.k0 : max_of(s.k0, q0 + s.lo), s.hi >= kNoHi ? s.k1 : min_of(s.k1, q1 + s.hi)};
 }
-MAGI_HD constexpr Range rows_of_keys(const Slice& s, int k0, int k1) {
-    return keys_of_rows(transpose(s), k0, k1);
-}
+MAGI_HD constexpr Range rows_of_keys(const Slice& s, int k0, int k1) { return keys_of_rows(transpose(s), k0, k1); }
 
 // The smallest rectangle that holds every allowed cell; empty ranges where there is none.
 MAGI_HD constexpr Slice hull(const Slice& s) {
@@ -77,7 +79,8 @@ MAGI_HD constexpr TileClass classify(const Slice& s, int q0, int q1, int k0, int
 
 // Cells of a num_q x num_k rectangle at the origin with k - q <= t: a ramp that saturates at both ends.
 MAGI_HD constexpr long long cells_up_to(long long num_q, long long num_k, long long t) {
-    // Row q holds clamp(q + t + 1, 0, num_k) cells; it is positive from row -t on and saturated from row num_k - t - 1 on.
+    // Row q holds clamp(q + t + 1, 0, num_k) cells; it is positive from row -t on and saturated from row num_k - t - 1
+    // on.
     const long long first = t < 0 ? -t : 0;
     const long long rising_end = num_k - t - 1;
     const long long a = first < num_q ? first : num_q;

@@ -1,4 +1,5 @@
-// What does a kernel get? Plain structs of pointers, sizes and strides (strides in elements); no torch type below the border.
+// What does a kernel get? Plain structs of pointers, sizes and strides (strides in elements); no torch type below the
+// border.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +21,19 @@ struct AttentionShape {
     int num_q, num_k, num_q_heads, num_kv_heads, head_dim, v_dim;
 };
 
-// Statistics and accumulators (lse, delta, sink, previous partials) are contiguous, fp64 where q is fp64 and fp32 otherwise.
+// Statistics and accumulators (lse, delta, sink, previous partials) are contiguous, fp64 where q is fp64 and fp32
+// otherwise.
 struct ForwardParams {
     AttentionShape shape;
     Dtype dtype, out_dtype;
     Heads q, k, v, out;
-    const Slice* slices;      // [num_slices]
+    const Slice* slices;  // [num_slices]
     int num_slices;
-    const void* sink;         // [num_sinks, num_q_heads] natural-log logits
+    const void* sink;  // [num_sinks, num_q_heads] natural-log logits
     int num_sinks;
-    const void* out_prev;     // [num_q, num_q_heads, v_dim], null without a previous partial
-    const void* lse_prev;     // [num_q, num_q_heads]
-    void* lse;                // [num_q, num_q_heads] natural log
+    const void* out_prev;  // [num_q, num_q_heads, v_dim], null without a previous partial
+    const void* lse_prev;  // [num_q, num_q_heads]
+    void* lse;             // [num_q, num_q_heads] natural log
     double softmax_scale, softcap;
     int sm_margin;
 };
@@ -43,9 +45,9 @@ struct BackwardParams {
     Heads dq, dk, dv;
     const Slice* slices;
     int num_slices;
-    const void* lse;          // [num_q, num_q_heads]
-    const void* delta;        // [num_q, num_q_heads] rowsum(dout * out) - dlse
-    const void* dq_prev;      // [num_q, num_q_heads, head_dim] in grad_dtype, null where nothing is added
+    const void* lse;      // [num_q, num_q_heads]
+    const void* delta;    // [num_q, num_q_heads] rowsum(dout * out) - dlse
+    const void* dq_prev;  // [num_q, num_q_heads, head_dim] in grad_dtype, null where nothing is added
     double softmax_scale, softcap;
     bool deterministic;
     int sm_margin;

@@ -1,4 +1,4 @@
-"""Do the ops keep torch's contracts? opcheck with dynamic shapes, gradients in fp64, FLOP counts, errors at the border."""
+"""Do the ops keep torch's contracts? opcheck with dynamic shapes, fp64 gradients, FLOP counts, border errors."""
 
 import pytest
 import torch
@@ -73,15 +73,21 @@ def test_opcheck_merge():
     opcheck(ops.merge_partials.default, tuple(t.requires_grad_() for t in (out, lse, out_i, lse_i)))
 
 
-@pytest.mark.parametrize("options", [{}, {"softmax_scale": 0.7, "softcap": 1.5}, {"sink": True}, {"sink": True, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"softmax_scale": 0.7, "softcap": 1.5}, {"sink": True}, {"sink": True, "softcap": 3.0}]
+)
 def test_gradcheck_ffa(options):
     options = dict(options)
     q, k, v = qkv(grad=True, v_dim=5)
-    inputs = [q, k, v] + ([torch.randn(3, 4, dtype=torch.float64, requires_grad=True)] if options.pop("sink", False) else [])
+    inputs = [q, k, v] + (
+        [torch.randn(3, 4, dtype=torch.float64, requires_grad=True)] if options.pop("sink", False) else []
+    )
 
     def attention(q, k, v, sink=None):
         out, lse = ops.ffa.slices(q, k, v, SLICES, sink, **options)
-        return out, torch.where(lse == float("-inf"), 0.0, lse)  # row 6 has no keys, and finite differences of -inf are NaN
+        return out, torch.where(
+            lse == float("-inf"), 0.0, lse
+        )  # row 6 has no keys, and finite differences of -inf are NaN
 
     assert torch.autograd.gradcheck(attention, inputs)
 
@@ -152,7 +158,10 @@ def test_flop_counter_reads_the_slices():
 def test_one_graph_for_every_number_of_slices():
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda q, k, v, s: ops.ffa.slices(q, k, v, s), fullgraph=True, backend="aot_eager_decomp_partition", dynamic=False
+        lambda q, k, v, s: ops.ffa.slices(q, k, v, s),
+        fullgraph=True,
+        backend="aot_eager_decomp_partition",
+        dynamic=False,
     )
     counter = torch._dynamo.utils.counters["stats"]
     before = counter["unique_graphs"]
@@ -181,8 +190,14 @@ def bad_calls():
     yield "multiple of the kv heads", lambda: ops.ffa.slices(q[:, :3], k, v, one)
     yield "slices must have shape", lambda: ops.ffa.slices(q, k, v, one[:, :5])
     yield "slices must have dtype int32", lambda: ops.ffa.slices(q, k, v, one.long())
-    yield r"slices\[0\] must have a q range within \[0, 7\)", lambda: ops.ffa.slices(q, k, v, one + int32([0, 1, 0, 0, 0, 0]))
-    yield r"slices\[0\] must have a k range within \[0, 9\)", lambda: ops.ffa.slices(q, k, v, one + int32([0, 0, 10, 0, 0, 0]))
+    yield (
+        r"slices\[0\] must have a q range within \[0, 7\)",
+        lambda: ops.ffa.slices(q, k, v, one + int32([0, 1, 0, 0, 0, 0])),
+    )
+    yield (
+        r"slices\[0\] must have a k range within \[0, 9\)",
+        lambda: ops.ffa.slices(q, k, v, one + int32([0, 0, 10, 0, 0, 0])),
+    )
     yield "softcap must be", lambda: ops.ffa.slices(q, k, v, one, softcap=-1.0)
     yield "softmax_scale must be finite", lambda: ops.ffa.slices(q, k, v, one, softmax_scale=float("nan"))
     yield "sink must have shape", lambda: ops.ffa.slices(q, k, v, one, torch.zeros(1, 3, dtype=torch.float64))

@@ -19,7 +19,8 @@ void range_gather(const char* src, char* dst, int64_t row_bytes, const RowRange*
         for (int64_t row = begin; row < end; ++i) {
             const int64_t stop = std::min(end, first[i + 1]);
             if (stop <= row) continue;
-            std::memcpy(dst + row * row_bytes, src + (ranges[i].begin + row - first[i]) * row_bytes, (stop - row) * row_bytes);
+            std::memcpy(dst + row * row_bytes, src + (ranges[i].begin + row - first[i]) * row_bytes,
+                        (stop - row) * row_bytes);
             row = stop;
         }
     });
@@ -28,7 +29,8 @@ void range_gather(const char* src, char* dst, int64_t row_bytes, const RowRange*
 namespace {
 
 template <class T>
-void scatter_reduce(const T* src, T* dst, int64_t num_rows, int64_t row_elements, const RowRange* ranges, int64_t num_ranges, Reduce op) {
+void scatter_reduce(const T* src, T* dst, int64_t num_rows, int64_t row_elements, const RowRange* ranges,
+                    int64_t num_ranges, Reduce op) {
     using Acc = acc_t<T>;
     // The source positions of each row, in order (CSR): every row is then summed once, by one thread, in a fixed order.
     std::vector<int64_t> first(num_rows + 1, 0), position;
@@ -62,25 +64,28 @@ void scatter_reduce(const T* src, T* dst, int64_t num_rows, int64_t row_elements
 }
 
 template <class A, class B>
-void merge(const A* out_a, const acc_t<A>* lse_a, const B* out_b, const acc_t<A>* lse_b, A* out, acc_t<A>* lse, int64_t num_rows,
-           int dim) {
+void merge(const A* out_a, const acc_t<A>* lse_a, const B* out_b, const acc_t<A>* lse_b, A* out, acc_t<A>* lse,
+           int64_t num_rows, int dim) {
     using Acc = acc_t<A>;
     constexpr Acc kNone = -std::numeric_limits<Acc>::infinity();
     parallel_for(0, num_rows, 1 + (1 << 15) / dim, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const Acc a = lse_a[row], b = lse_b[row], most = std::max(a, b);
             // Two empty rows: -inf - (-inf) would be NaN.
-            const Acc weight_a = most == kNone ? 0 : std::exp(a - most), weight_b = most == kNone ? 0 : std::exp(b - most);
+            const Acc weight_a = most == kNone ? 0 : std::exp(a - most),
+                      weight_b = most == kNone ? 0 : std::exp(b - most);
             const Acc sum = weight_a + weight_b, inverse = sum > 0 ? 1 / sum : 0;
             lse[row] = most == kNone ? kNone : most + std::log(sum);
             for (int64_t e = row * dim; e < (row + 1) * dim; ++e)
-                out[e] = from_acc<A>(Acc(to_acc(out_a[e])) * (weight_a * inverse) + Acc(to_acc(out_b[e])) * (weight_b * inverse));
+                out[e] = from_acc<A>(Acc(to_acc(out_a[e])) * (weight_a * inverse) +
+                                     Acc(to_acc(out_b[e])) * (weight_b * inverse));
         }
     });
 }
 
 template <class T>
-void delta_rows(int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out, const acc_t<T>* dlse, acc_t<T>* delta) {
+void delta_rows(int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out, const acc_t<T>* dlse,
+                acc_t<T>* delta) {
     parallel_for(0, (int64_t)num_rows * num_heads, 1 + (1 << 15) / dim, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / num_heads, head = i % num_heads;
@@ -95,23 +100,27 @@ void delta_rows(int num_rows, int num_heads, int dim, const Heads& dout, const H
 
 }  // namespace
 
-void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements, const RowRange* ranges,
-                          int64_t num_ranges, Reduce op) {
-    dispatch(dtype, [&]<class T>(T) { scatter_reduce((const T*)src, (T*)dst, num_rows, row_elements, ranges, num_ranges, op); });
+void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements,
+                          const RowRange* ranges, int64_t num_ranges, Reduce op) {
+    dispatch(dtype, [&]<class T>(T) {
+        scatter_reduce((const T*)src, (T*)dst, num_rows, row_elements, ranges, num_ranges, op);
+    });
 }
 
-void merge_partials(Dtype dtype_a, const void* out_a, const void* lse_a, Dtype dtype_b, const void* out_b, const void* lse_b, void* out,
-                    void* lse, int64_t num_rows, int dim) {
+void merge_partials(Dtype dtype_a, const void* out_a, const void* lse_a, Dtype dtype_b, const void* out_b,
+                    const void* lse_b, void* out, void* lse, int64_t num_rows, int dim) {
     dispatch(dtype_a, [&]<class A>(A) {
         dispatch(dtype_b, [&]<class B>(B) {
             using Acc = acc_t<A>;
             if constexpr (std::is_same_v<Acc, acc_t<B>>)
-                merge((const A*)out_a, (const Acc*)lse_a, (const B*)out_b, (const Acc*)lse_b, (A*)out, (Acc*)lse, num_rows, dim);
+                merge((const A*)out_a, (const Acc*)lse_a, (const B*)out_b, (const Acc*)lse_b, (A*)out, (Acc*)lse,
+                      num_rows, dim);
         });
     });
 }
 
-void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out, const void* dlse, void* delta) {
+void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out, const void* dlse,
+               void* delta) {
     dispatch(dtype, [&]<class T>(T) {
         delta_rows<T>(num_rows, num_heads, dim, dout, out, (const acc_t<T>*)dlse, (acc_t<T>*)delta);
     });

@@ -1,4 +1,5 @@
-// How is bad input refused? Border checks shared by every backend: each names the argument, what was expected and what came.
+// How is bad input refused? Border checks shared by every backend: each names the argument, what was expected and what
+// came.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -48,10 +49,13 @@ inline Dtype float_dtype(ScalarType t, const char* name) {
 }
 
 // lse, delta, sink and partial results: fp64 for fp64 inputs, fp32 otherwise.
-inline ScalarType accumulation_dtype(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType accumulation_dtype(ScalarType t) {
+    return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_dtype(const Tensor& t, ScalarType expected, const char* name) {
-    MAGI_CHECK(t.scalar_type() == expected, name, " must have dtype ", dtype_string(expected), ", got ", dtype_string(t.scalar_type()));
+    MAGI_CHECK(t.scalar_type() == expected, name, " must have dtype ", dtype_string(expected), ", got ",
+               dtype_string(t.scalar_type()));
 }
 
 inline void check_device(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
@@ -64,7 +68,8 @@ inline void check_same_shape(const Tensor& t, const Tensor& like, const char* na
     MAGI_CHECK(same, name, " must have the shape of ", like_name, ", ", shape_string(like), ", got ", shape_string(t));
 }
 
-inline void check_shape(const Tensor& t, std::initializer_list<int64_t> expected, const char* name, const char* meaning) {
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> expected, const char* name,
+                        const char* meaning) {
     bool same = t.dim() == (int64_t)expected.size();
     std::string text = "[";
     int64_t i = 0;
@@ -88,7 +93,9 @@ inline Tensor check_table(const Tensor& t, int64_t width, const char* name) {
 }
 
 // [rows, heads, dim] with any strides but a contiguous last dimension; a copy is made only where that one is strided.
-inline Tensor last_contiguous(const Tensor& t) { return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t; }
+inline Tensor last_contiguous(const Tensor& t) {
+    return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
+}
 
 inline Heads heads_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
 

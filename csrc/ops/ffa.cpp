@@ -10,26 +10,30 @@ namespace {
 using torch::stable::new_empty;
 using Outputs = std::tuple<Tensor, Tensor>;
 
-Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices, const std::optional<Tensor>& sink,
-                const std::optional<Tensor>& out_prev, const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                int64_t sm_margin, std::optional<ScalarType> out_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
-    ForwardCall call = check_forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype);
+Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
+                const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
+                const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap, int64_t sm_margin,
+                std::optional<ScalarType> out_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
+    ForwardCall call =
+        check_forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype);
     cpu::ffa_forward(call.params);
     return {call.out, call.lse};
 }
 
-Outputs ffa_slices(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices, const std::optional<Tensor>& sink,
-                   std::optional<double> softmax_scale, double softcap, bool /*deterministic: a forward always is*/, int64_t sm_margin) {
-    return ffa_fwd(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap, sm_margin,
-                   std::nullopt, std::nullopt);
+Outputs ffa_slices(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
+                   const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
+                   bool /*deterministic: a forward always is*/, int64_t sm_margin) {
+    return ffa_fwd(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap,
+                   sm_margin, std::nullopt, std::nullopt);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-                                           const Tensor& delta, const Tensor& slices, const std::optional<Tensor>& dq_prev,
-                                           double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
-                                           std::optional<ScalarType> grad_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
-    BackwardCall call = check_backward(dout, q, k, v, lse, delta, slices, dq_prev, softmax_scale, softcap, deterministic, sm_margin,
-                                       grad_dtype);
+std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const Tensor& lse, const Tensor& delta, const Tensor& slices,
+                                           const std::optional<Tensor>& dq_prev, double softmax_scale, double softcap,
+                                           bool deterministic, int64_t sm_margin, std::optional<ScalarType> grad_dtype,
+                                           const std::optional<std::vector<Tensor>>& /*after*/) {
+    BackwardCall call = check_backward(dout, q, k, v, lse, delta, slices, dq_prev, softmax_scale, softcap,
+                                       deterministic, sm_margin, grad_dtype);
     cpu::ffa_backward(call.params);
     return {call.dq, call.dk, call.dv};
 }
@@ -37,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, 
 Tensor ffa_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
     DeltaCall call = check_delta(dout, out, dlse);
     cpu::ffa_delta(float_dtype(out.scalar_type(), "out"), row_count(out, "out"), (int)out.size(1), (int)out.size(2),
-                   heads_of(call.dout), heads_of(call.out), dlse ? call.dlse.data_ptr() : nullptr, call.delta.data_ptr());
+                   heads_of(call.dout), heads_of(call.out), dlse ? call.dlse.data_ptr() : nullptr,
+                   call.delta.data_ptr());
     return call.delta;
 }
 
@@ -49,14 +54,15 @@ Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor&
     check_dtype(attn_type_map, ScalarType::Int, "attn_type_map");
     const Tensor types = torch::stable::contiguous(attn_type_map);
     Tensor slices = new_empty(q, {n, 6});
-    const int *q_data = (const int*)q.data_ptr(), *k_data = (const int*)k.data_ptr(), *type_data = (const int*)types.data_ptr();
+    const int *q_data = (const int*)q.data_ptr(), *k_data = (const int*)k.data_ptr(),
+              *type_data = (const int*)types.data_ptr();
     Slice* out = (Slice*)slices.data_ptr();
     for (int64_t i = 0; i < n; ++i) {
         const int *qr = q_data + 2 * i, *kr = k_data + 2 * i;
-        MAGI_CHECK(0 <= qr[0] && qr[0] <= qr[1] && qr[1] < kMaxRows, "q_ranges[", i, "] must be 0 <= begin <= end < 2**29, got [", qr[0],
-                   ", ", qr[1], ")");
-        MAGI_CHECK(0 <= kr[0] && kr[0] <= kr[1] && kr[1] < kMaxRows, "k_ranges[", i, "] must be 0 <= begin <= end < 2**29, got [", kr[0],
-                   ", ", kr[1], ")");
+        MAGI_CHECK(0 <= qr[0] && qr[0] <= qr[1] && qr[1] < kMaxRows, "q_ranges[", i,
+                   "] must be 0 <= begin <= end < 2**29, got [", qr[0], ", ", qr[1], ")");
+        MAGI_CHECK(0 <= kr[0] && kr[0] <= kr[1] && kr[1] < kMaxRows, "k_ranges[", i,
+                   "] must be 0 <= begin <= end < 2**29, got [", kr[0], ", ", kr[1], ")");
         MAGI_CHECK(kFull <= type_data[i] && type_data[i] <= kBiCausal, "attn_type_map[", i,
                    "] must be 0 (full), 1 (causal), 2 (inv_causal) or 3 (bi_causal), got ", type_data[i]);
         out[i] = slice_of(qr[0], qr[1], kr[0], kr[1], type_data[i]);

@@ -17,12 +17,14 @@ AttentionShape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
     check_dtype(v, q.scalar_type(), "v");
     check_device(k, q, "k", "q");
     check_device(v, q, "v", "q");
-    MAGI_CHECK(q.size(2) > 0 && k.size(2) == q.size(2), "k must have the head_dim of q, ", q.size(2), " (at least 1), got ", k.size(2));
-    MAGI_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have the tokens and heads of k, ", shape_string(k), ", got ",
-               shape_string(v));
+    MAGI_CHECK(q.size(2) > 0 && k.size(2) == q.size(2), "k must have the head_dim of q, ", q.size(2),
+               " (at least 1), got ", k.size(2));
+    MAGI_CHECK(v.size(0) == k.size(0) && v.size(1) == k.size(1), "v must have the tokens and heads of k, ",
+               shape_string(k), ", got ", shape_string(v));
     MAGI_CHECK(v.size(2) > 0, "v must have a head dimension of at least 1, got ", shape_string(v));
     MAGI_CHECK(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0,
-               "q must have a positive multiple of the kv heads, got ", q.size(1), " query heads and ", k.size(1), " kv heads");
+               "q must have a positive multiple of the kv heads, got ", q.size(1), " query heads and ", k.size(1),
+               " kv heads");
     return {row_count(q, "q"), row_count(k, "k"), (int)q.size(1), (int)k.size(1), (int)q.size(2), (int)v.size(2)};
 }
 
@@ -37,7 +39,8 @@ Tensor check_slices(const Tensor& slices, const Tensor& q, const AttentionShape&
 void check_scalars(double softmax_scale, double softcap, int64_t sm_margin) {
     MAGI_CHECK(std::isfinite(softmax_scale), "softmax_scale must be finite, got ", softmax_scale);
     MAGI_CHECK(std::isfinite(softcap) && softcap >= 0, "softcap must be 0 (off) or positive, got ", softcap);
-    MAGI_CHECK(sm_margin >= 0 && sm_margin < 1024, "sm_margin must be a number of multiprocessors in [0, 1024), got ", sm_margin);
+    MAGI_CHECK(sm_margin >= 0 && sm_margin < 1024, "sm_margin must be a number of multiprocessors in [0, 1024), got ",
+               sm_margin);
 }
 
 }  // namespace
@@ -50,33 +53,33 @@ double scale_or_default(std::optional<double> softmax_scale, const Tensor& q) {
 void check_slice_values(const Slice* slices, int64_t num_slices, int64_t num_q, int64_t num_k) {
     for (int64_t i = 0; i < num_slices; ++i) {
         const Slice& s = slices[i];
-        MAGI_CHECK(0 <= s.q0 && s.q0 <= s.q1 && s.q1 <= num_q, "slices[", i, "] must have a q range within [0, ", num_q, "), got [", s.q0,
-                   ", ", s.q1, ")");
-        MAGI_CHECK(0 <= s.k0 && s.k0 <= s.k1 && s.k1 <= num_k, "slices[", i, "] must have a k range within [0, ", num_k, "), got [", s.k0,
-                   ", ", s.k1, ")");
+        MAGI_CHECK(0 <= s.q0 && s.q0 <= s.q1 && s.q1 <= num_q, "slices[", i, "] must have a q range within [0, ", num_q,
+                   "), got [", s.q0, ", ", s.q1, ")");
+        MAGI_CHECK(0 <= s.k0 && s.k0 <= s.k1 && s.k1 <= num_k, "slices[", i, "] must have a k range within [0, ", num_k,
+                   "), got [", s.k0, ", ", s.k1, ")");
     }
 }
 
 ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& slices_in,
                           const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
-                          const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap, int64_t sm_margin,
-                          std::optional<ScalarType> out_dtype) {
+                          const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
+                          int64_t sm_margin, std::optional<ScalarType> out_dtype) {
     ForwardCall call;
     const AttentionShape shape = check_qkv(q_in, k_in, v_in);
     const ScalarType type = q_in.scalar_type(), acc = accumulation_dtype(type);
     const Tensor slices = check_slices(slices_in, q_in, shape);
     check_scalars(softmax_scale, softcap, sm_margin);
     const ScalarType out_type = out_dtype.value_or(type);
-    MAGI_CHECK(out_type == type || out_type == acc, "out_dtype must be ", dtype_string(type), " or ", dtype_string(acc), ", got ",
-               dtype_string(out_type));
+    MAGI_CHECK(out_type == type || out_type == acc, "out_dtype must be ", dtype_string(type), " or ", dtype_string(acc),
+               ", got ", dtype_string(out_type));
 
     const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
     call.inputs = {q, k, v, slices};
     const void *sink_data = nullptr, *out_prev_data = nullptr, *lse_prev_data = nullptr;
     int num_sinks = 0;
     if (sink) {
-        MAGI_CHECK(sink->dim() == 2 && sink->size(1) == shape.num_q_heads, "sink must have shape [s_sink, ", shape.num_q_heads,
-                   "] (query heads), got ", shape_string(*sink));
+        MAGI_CHECK(sink->dim() == 2 && sink->size(1) == shape.num_q_heads, "sink must have shape [s_sink, ",
+                   shape.num_q_heads, "] (query heads), got ", shape_string(*sink));
         check_dtype(*sink, acc, "sink");
         check_device(*sink, q, "sink", "q");
         call.inputs.push_back(torch::stable::contiguous(*sink));
@@ -100,24 +103,38 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
 
     call.out = new_empty(q, {shape.num_q, shape.num_q_heads, shape.v_dim}, out_type);
     call.lse = new_empty(q, {shape.num_q, shape.num_q_heads}, acc);
-    call.params = {shape, float_dtype(type, "q"), float_dtype(out_type, "out_dtype"), heads_of(q), heads_of(k), heads_of(v),
-                   heads_of(call.out), (const Slice*)slices.data_ptr(), (int)slices.size(0), sink_data, num_sinks, out_prev_data,
-                   lse_prev_data, call.lse.data_ptr(), softmax_scale, softcap, (int)sm_margin};
+    call.params = {shape,
+                   float_dtype(type, "q"),
+                   float_dtype(out_type, "out_dtype"),
+                   heads_of(q),
+                   heads_of(k),
+                   heads_of(v),
+                   heads_of(call.out),
+                   (const Slice*)slices.data_ptr(),
+                   (int)slices.size(0),
+                   sink_data,
+                   num_sinks,
+                   out_prev_data,
+                   lse_prev_data,
+                   call.lse.data_ptr(),
+                   softmax_scale,
+                   softcap,
+                   (int)sm_margin};
     return call;
 }
 
-BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& lse_in,
-                            const Tensor& delta_in, const Tensor& slices_in, const std::optional<Tensor>& dq_prev,
-                            double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
-                            std::optional<ScalarType> grad_dtype) {
+BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                            const Tensor& lse_in, const Tensor& delta_in, const Tensor& slices_in,
+                            const std::optional<Tensor>& dq_prev, double softmax_scale, double softcap,
+                            bool deterministic, int64_t sm_margin, std::optional<ScalarType> grad_dtype) {
     BackwardCall call;
     const AttentionShape shape = check_qkv(q_in, k_in, v_in);
     const ScalarType type = q_in.scalar_type(), acc = accumulation_dtype(type);
     const Tensor slices = check_slices(slices_in, q_in, shape);
     check_scalars(softmax_scale, softcap, sm_margin);
     const ScalarType grad_type = grad_dtype.value_or(type);
-    MAGI_CHECK(grad_type == type || grad_type == acc, "grad_dtype must be ", dtype_string(type), " or ", dtype_string(acc), ", got ",
-               dtype_string(grad_type));
+    MAGI_CHECK(grad_type == type || grad_type == acc, "grad_dtype must be ", dtype_string(type), " or ",
+               dtype_string(acc), ", got ", dtype_string(grad_type));
     check_shape(dout_in, {shape.num_q, shape.num_q_heads, shape.v_dim}, "dout", "[tokens, heads, v_dim]");
     check_dtype(dout_in, type, "dout");
     check_device(dout_in, q_in, "dout", "q");
@@ -128,7 +145,8 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
     check_dtype(delta_in, acc, "delta");
     check_device(delta_in, q_in, "delta", "q");
 
-    const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in), dout = last_contiguous(dout_in);
+    const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in),
+                 dout = last_contiguous(dout_in);
     const Tensor lse = torch::stable::contiguous(lse_in), delta = torch::stable::contiguous(delta_in);
     call.inputs = {q, k, v, dout, lse, delta, slices};
     const void* dq_prev_data = nullptr;
@@ -142,15 +160,31 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
     call.dq = new_empty(q, {shape.num_q, shape.num_q_heads, shape.head_dim}, grad_type);
     call.dk = new_empty(k, {shape.num_k, shape.num_kv_heads, shape.head_dim}, grad_type);
     call.dv = new_empty(v, {shape.num_k, shape.num_kv_heads, shape.v_dim}, grad_type);
-    call.params = {shape, float_dtype(type, "q"), float_dtype(grad_type, "grad_dtype"), heads_of(q), heads_of(k), heads_of(v),
-                   heads_of(dout), heads_of(call.dq), heads_of(call.dk), heads_of(call.dv), (const Slice*)slices.data_ptr(),
-                   (int)slices.size(0), lse.data_ptr(), delta.data_ptr(), dq_prev_data, softmax_scale, softcap, deterministic,
+    call.params = {shape,
+                   float_dtype(type, "q"),
+                   float_dtype(grad_type, "grad_dtype"),
+                   heads_of(q),
+                   heads_of(k),
+                   heads_of(v),
+                   heads_of(dout),
+                   heads_of(call.dq),
+                   heads_of(call.dk),
+                   heads_of(call.dv),
+                   (const Slice*)slices.data_ptr(),
+                   (int)slices.size(0),
+                   lse.data_ptr(),
+                   delta.data_ptr(),
+                   dq_prev_data,
+                   softmax_scale,
+                   softcap,
+                   deterministic,
                    (int)sm_margin};
     return call;
 }
 
 DeltaCall check_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
-    MAGI_CHECK(out.dim() == 3 && out.size(2) > 0, "out must have shape [tokens, heads, v_dim], got ", shape_string(out));
+    MAGI_CHECK(out.dim() == 3 && out.size(2) > 0, "out must have shape [tokens, heads, v_dim], got ",
+               shape_string(out));
     float_dtype(out.scalar_type(), "out");
     check_same_shape(dout, out, "dout", "out");
     check_dtype(dout, out.scalar_type(), "dout");

@@ -15,9 +15,10 @@ int64_t elements_per_row(const Tensor& t) {
     return n;
 }
 
-// Ranges on the host are checked in full; a device's are the caller's promise, since reading them would wait for the device.
-Tensor check_ranges(const Tensor& ranges, const Tensor& rows_tensor, int64_t num_rows, int64_t total, const char* rows_name,
-                    const char* total_name) {
+// Ranges on the host are checked in full; a device's are the caller's promise, since reading them would wait for the
+// device.
+Tensor check_ranges(const Tensor& ranges, const Tensor& rows_tensor, int64_t num_rows, int64_t total,
+                    const char* rows_name, const char* total_name) {
     Tensor table = check_table(ranges, 2, "ranges");
     check_device(ranges, rows_tensor, "ranges", rows_name);
     if (!table.is_cpu()) return table;
@@ -25,8 +26,8 @@ Tensor check_ranges(const Tensor& ranges, const Tensor& rows_tensor, int64_t num
     int64_t sum = 0;
     for (int64_t i = 0; i < table.size(0); ++i) {
         const int begin = data[2 * i], end = data[2 * i + 1];
-        MAGI_CHECK(0 <= begin && begin <= end && end <= num_rows, "ranges[", i, "] must lie within [0, ", num_rows, "), got [", begin, ", ",
-                   end, ")");
+        MAGI_CHECK(0 <= begin && begin <= end && end <= num_rows, "ranges[", i, "] must lie within [0, ", num_rows,
+                   "), got [", begin, ", ", end, ")");
         sum += end - begin;
     }
     MAGI_CHECK(sum == total, total_name, " must be the rows in ranges, ", sum, ", got ", total);
@@ -58,18 +59,20 @@ ScatterCall check_scatter(const Tensor& y, const Tensor& ranges, int64_t rows, c
 }
 
 MergeCall check_merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
-    MAGI_CHECK(out_a.dim() == 3 && out_a.size(2) > 0, "out must have shape [tokens, heads, v_dim], got ", shape_string(out_a));
+    MAGI_CHECK(out_a.dim() == 3 && out_a.size(2) > 0, "out must have shape [tokens, heads, v_dim], got ",
+               shape_string(out_a));
     float_dtype(out_a.scalar_type(), "out");
     float_dtype(out_b.scalar_type(), "out_i");
     const ScalarType acc = accumulation_dtype(out_a.scalar_type());
-    MAGI_CHECK(accumulation_dtype(out_b.scalar_type()) == acc, "out_i must accumulate like out, in ", dtype_string(acc), ", got ",
-               dtype_string(out_b.scalar_type()));
+    MAGI_CHECK(accumulation_dtype(out_b.scalar_type()) == acc, "out_i must accumulate like out, in ", dtype_string(acc),
+               ", got ", dtype_string(out_b.scalar_type()));
     check_same_shape(out_b, out_a, "out_i", "out");
     check_shape(lse_a, {out_a.size(0), out_a.size(1)}, "lse", "[tokens, heads]");
     check_shape(lse_b, {out_a.size(0), out_a.size(1)}, "lse_i", "[tokens, heads]");
     check_dtype(lse_a, acc, "lse");
     check_dtype(lse_b, acc, "lse_i");
-    for (auto [t, name] : {std::pair{&lse_a, "lse"}, {&out_b, "out_i"}, {&lse_b, "lse_i"}}) check_device(*t, out_a, name, "out");
+    for (auto [t, name] : {std::pair{&lse_a, "lse"}, {&out_b, "out_i"}, {&lse_b, "lse_i"}})
+        check_device(*t, out_a, name, "out");
     const Tensor a = contiguous(out_a), la = contiguous(lse_a);
     return {a, la, contiguous(out_b), contiguous(lse_b), new_empty(a, a.sizes()), new_empty(la, la.sizes())};
 }

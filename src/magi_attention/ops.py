@@ -1,7 +1,7 @@
-"""Which ops are there under `torch.ops.magi`? Loads the compiled library and gives every op its fake, autograd and FLOP formula.
+"""Which ops are there under `torch.ops.magi`? Loads the compiled library; gives every op its fake, autograd, FLOP formula.
 
-Schemas are in csrc/ops/schemas.cpp. Per op this file holds, in order: the fake (shapes and dtypes while tracing, SymInt-clean),
-the gradient, and the FLOP count.
+Schemas are in csrc/ops/schemas.cpp. Per op this file holds, in order: the fake (shapes and dtypes while tracing,
+SymInt-clean), the gradient, and the FLOP count.
 
 | op | differentiable |
 |---|---|
@@ -28,13 +28,15 @@ def _load(library: str) -> None:
     path = Path(__file__).parent / "lib" / library
     if not path.exists():
         raise ImportError(
-            f"magi_attention's compiled library is missing: {path}. The source tree is not importable; install the package "
-            "with `pip install --no-build-isolation .` (see README)."
+            f"magi_attention's compiled library is missing: {path}. The source tree is not importable; "
+            "install the package with `pip install --no-build-isolation .` (see README)."
         )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise ImportError(f"{path} does not load into torch {torch.__version__} (needs torch >= 2.11): {error}") from error
+        raise ImportError(
+            f"{path} does not load into torch {torch.__version__} (needs torch >= 2.11): {error}"
+        ) from error
 
 
 _load("libmagi.so")
@@ -54,7 +56,9 @@ def _raise_if_grad(op: torch._ops.OpOverload, instead: str) -> None:
         if torch.is_grad_enabled():
             for name, value in [*zip((a.name for a in op._schema.arguments), args), *kwargs.items()]:
                 if name != "after" and isinstance(value, Tensor) and value.requires_grad:
-                    raise RuntimeError(f"{op.name()} is a raw kernel and not differentiable, but {name} requires a gradient: {instead}")
+                    raise RuntimeError(
+                        f"{op.name()} is a raw kernel and not differentiable, but {name} requires a gradient: {instead}"
+                    )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -80,7 +84,15 @@ def _ffa(
 ) -> tuple[Tensor, Tensor]:
     slices = _ops.band_slices(q_ranges, k_ranges, attn_type_map)
     return _ops.ffa.slices(
-        q, k, v, slices, sink, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic, sm_margin=sm_margin
+        q,
+        k,
+        v,
+        slices,
+        sink,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
     )
 
 
@@ -107,7 +119,21 @@ def _(q, k, v, slices, sink=None, *, softmax_scale=None, softcap=0.0, determinis
 
 
 @torch.library.register_fake("magi::ffa_fwd")
-def _(q, k, v, slices, *, sink=None, out_prev=None, lse_prev=None, softmax_scale, softcap=0.0, sm_margin=0, out_dtype=None, after=None):
+def _(
+    q,
+    k,
+    v,
+    slices,
+    *,
+    sink=None,
+    out_prev=None,
+    lse_prev=None,
+    softmax_scale,
+    softcap=0.0,
+    sm_margin=0,
+    out_dtype=None,
+    after=None,
+):
     return _forward_fake(q, v, out_dtype)
 
 
@@ -140,7 +166,8 @@ def _(dout, out, dlse=None):
 def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Gradient of sink logits `[s_sink, heads]` from lse (sink included) and delta, both `[tokens, heads]`.
 
-    A sink takes the share exp(sink - lse) of a row's softmax and gives it the value 0, so d_sink = -sum_rows exp(sink - lse) * delta.
+    A sink takes the share exp(sink - lse) of a row's softmax and gives it the value 0, so
+    d_sink = -sum_rows exp(sink - lse) * delta.
     """
     share = torch.exp(sink[:, None] - lse)  # [s_sink, tokens, heads]
     # A sink of -inf has no share, and a row whose lse is -inf has no sink: both exponents are -inf - (-inf).
@@ -265,8 +292,6 @@ def _merge_backward(ctx, dout: Tensor, dlse: Tensor):
 torch.library.register_autograd("magi::merge_partials", _merge_backward, setup_context=_merge_setup_context)
 
 
-
-
 # ---------------------------------------------------------------- one device
 
 
@@ -284,19 +309,20 @@ def flex_attend(
     """Exact attention of q over k and v under `mask`, on one device.
 
     Args:
-        q: queries `[mask.total_q, heads, head_dim]`, float16, bfloat16, float32 or float64; any strides with a contiguous last
-            dimension are read in place.
-        k, v: keys `[mask.total_k, kv_heads, head_dim]` and values `[mask.total_k, kv_heads, v_dim]`, same dtype; `heads` is a
-            multiple of `kv_heads`.
+        q: queries `[mask.total_q, heads, head_dim]`, float16, bfloat16, float32 or float64; any strides with a
+            contiguous last dimension are read in place.
+        k, v: keys `[mask.total_k, kv_heads, head_dim]` and values `[mask.total_k, kv_heads, v_dim]`, same dtype;
+            `heads` is a multiple of `kv_heads`.
         mask: which cells are allowed. Rows that it leaves without keys give out 0, lse -inf and zero gradients.
-        sink: natural-log logits `[s_sink, heads]` that join each row's softmax with the value 0; float32 (float64 for float64 q).
+        sink: natural-log logits `[s_sink, heads]` that join each row's softmax with the value 0; float32 (float64 for
+            float64 q).
         softmax_scale: factor on q k^T, `head_dim ** -0.5` by default.
         softcap: c > 0 replaces each scaled score s by c tanh(s / c); 0 leaves it.
         deterministic: gradients that are bitwise equal from run to run (outputs always are).
 
     Returns:
-        out `[mask.total_q, heads, v_dim]` in the dtype of q, and lse `[mask.total_q, heads]`, the natural log of the softmax
-        denominator (sink included), float32 (float64 for float64 q). Gradients flow through both.
+        out `[mask.total_q, heads, v_dim]` in the dtype of q, and lse `[mask.total_q, heads]`, the natural log of the
+        softmax denominator (sink included), float32 (float64 for float64 q). Gradients flow through both.
 
     Raises:
         ValueError: q, k or v do not have the mask's lengths.
@@ -310,5 +336,12 @@ def flex_attend(
         if tensor.shape[0] != total:
             raise ValueError(f"{name} must have the mask's {total} rows, got shape {list(tensor.shape)}")
     return _ops.ffa.slices(
-        q, k, v, mask.slices.to(q.device), sink, softmax_scale=softmax_scale, softcap=softcap, deterministic=deterministic
+        q,
+        k,
+        v,
+        mask.slices.to(q.device),
+        sink,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
     )
