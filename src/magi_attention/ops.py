@@ -1,4 +1,4 @@
-"""Which ops are there under `torch.ops.magi`? Loads the compiled library; gives every op its fake, autograd, FLOP formula.
+"""Which ops are under `torch.ops.magi`? Loads the compiled library; gives each its fake, autograd and FLOP formula.
 
 Schemas are in csrc/ops/schemas.cpp. Per op this file holds, in order: the fake (shapes and dtypes while tracing,
 SymInt-clean), the gradient, and the FLOP count.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import Mask
+from magi_attention.mask import Mask
 
 
 class Attention(NamedTuple):
