@@ -473,14 +473,14 @@ class Mask:
         shade = torch.where(coverage > 0, 0.3 + 0.7 * coverage, 0.0)
         figure = Figure(figsize=(4.8, 4.8), dpi=160, layout="constrained")
         axes = figure.add_subplot(
-            xlabel="key", ylabel="row", title=f"{self.area():,} cells in {len(self.slices):,} slices"
+            xlabel="key", ylabel="row", title=f"cells: {self.area():,}   slices: {len(self.slices):,}"
         )
         extent = (0, max(self.total_k, 1), max(self.total_q, 1), 0)
         axes.imshow(shade.reshape(coverage.shape).numpy(), cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto")
         if max(self.total_q, self.total_k) <= min(num_tiles, 64):  # one tile is one cell: show them one by one
             axes.set_xticks(range(self.total_k), minor=True)
             axes.set_yticks(range(self.total_q), minor=True)
-            axes.grid(which="minor", color="white", linewidth=0.8)
+            axes.grid(which="both", color="white", linewidth=0.8)
             axes.tick_params(which="minor", length=0)
         if path is not None:
             figure.savefig(path)
