@@ -1,0 +1,136 @@
+// The border of the planner: tensors in, tensors out; no planning here. Host code: these ops run on CPU tensors and are not traced.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "ops/checks.h"
+#include "plan/disjoint.h"
+#include "plan/ownership.h"
+#include "plan/tables.h"
+
+namespace magi {
+namespace {
+
+using torch::stable::new_empty;
+
+static_assert(sizeof(Slice) == 6 * sizeof(int) && sizeof(Range) == 2 * sizeof(int), "slices and ranges are int32 table rows");
+
+Tensor check_host_slices(const Tensor& slices, int64_t total_q, int64_t total_k) {
+    const Tensor table = check_table(slices, 6, "slices");
+    const Slice* rows = static_cast<const Slice*>(table.data_ptr());
+    for (int64_t i = 0; i < table.size(0); ++i) {
+        const Slice& s = rows[i];
+        MAGI_CHECK(0 <= s.q0 && s.q0 <= s.q1 && s.q1 <= total_q && 0 <= s.k0 && s.k0 <= s.k1 && s.k1 <= total_k, "slices[", i,
+                   "] must have ranges within [0, ", total_q, ") x [0, ", total_k, "), got [", s.q0, ", ", s.q1, ") x [", s.k0, ", ",
+                   s.k1, ")");
+    }
+    return table;
+}
+
+plan::Slices span_of(const Tensor& slices) {
+    return {static_cast<const Slice*>(slices.data_ptr()), static_cast<size_t>(slices.size(0))};
+}
+
+plan::Grid check_grid(const std::vector<int64_t>& grid, const char* name) {
+    MAGI_CHECK(grid.size() == 4, name, " must be [total, chunk, world_size, slots], got ", grid.size(), " numbers");
+    const int64_t total = grid[0], chunk = grid[1], world = grid[2], slots = grid[3];
+    MAGI_CHECK(0 <= total && total < kMaxRows, name, ": total must be in [0, 2**29), got ", total);
+    MAGI_CHECK(1 <= chunk && chunk < kMaxRows, name, ": chunk must be in [1, 2**29), got ", chunk);
+    MAGI_CHECK(1 <= world && world < (1 << 20), name, ": world_size must be in [1, 2**20), got ", world);
+    MAGI_CHECK(1 <= slots && world * slots < kMaxRows && world * slots * chunk >= total, name, ": ", slots, " slots of ", chunk,
+               " rows on ", world, " ranks do not hold ", total, " rows");
+    return {static_cast<int>(total), static_cast<int>(chunk), static_cast<int>(world), static_cast<int>(slots)};
+}
+
+std::span<const int> check_chunks(const Tensor& chunks, const plan::Grid& grid, const char* name) {
+    check_shape(chunks, {grid.world, grid.slots}, name, "[world_size, slots]");
+    const std::span<const int> table(static_cast<const int*>(chunks.data_ptr()), static_cast<size_t>(grid.num_slots()));
+    plan::check_ownership(grid, table, name);
+    return table;
+}
+
+template <typename T>
+Tensor table_of(const Tensor& like, const std::vector<T>& rows) {
+    constexpr int64_t width = sizeof(T) / sizeof(int);
+    Tensor out = new_empty(like, {static_cast<int64_t>(rows.size()), width}, ScalarType::Int);
+    std::copy(rows.begin(), rows.end(), static_cast<T*>(out.data_ptr()));
+    return out;
+}
+
+Tensor longs_of(const Tensor& like, const std::vector<int64_t>& values, std::vector<int64_t> shape) {
+    Tensor out = new_empty(like, shape, ScalarType::Long);
+    std::copy(values.begin(), values.end(), static_cast<int64_t*>(out.data_ptr()));
+    return out;
+}
+
+Tensor slices_area(const Tensor& slices) {
+    const Tensor table = check_table(slices, 6, "slices");
+    std::vector<int64_t> areas;
+    for (const Slice& s : span_of(table)) areas.push_back(area(s));
+    return longs_of(slices, areas, {slices.size(0)});
+}
+
+Tensor slices_overlap(const Tensor& slices) {
+    const Tensor table = check_table(slices, 6, "slices");
+    const auto [first, second] = plan::find_overlap(span_of(table));
+    return longs_of(slices, {first, second}, {2});
+}
+
+Tensor plan_ownership(const Tensor& slices, std::vector<int64_t> q_grid, int64_t total_k, std::vector<double> cost) {
+    const plan::Grid grid = check_grid(q_grid, "q_grid");
+    MAGI_CHECK(cost.size() == 3, "cost must be [seconds of a cell, seconds of a row, exposed share], got ", cost.size(), " numbers");
+    const Tensor table = check_host_slices(slices, grid.total, total_k);
+    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, {cost[0], cost[1], cost[2]});
+    Tensor out = new_empty(slices, {grid.world, grid.slots}, ScalarType::Int);
+    std::copy(chunks.begin(), chunks.end(), static_cast<int*>(out.data_ptr()));
+    return out;
+}
+
+// q_ranges, k_ranges, slices, statistics [world, 2 + stages] (area, remote rows, rows of each stage); then for each stage slices,
+// send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
+std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
+                                std::vector<int64_t> k_grid, int64_t rank, int64_t stages) {
+    const plan::Grid q = check_grid(q_grid, "q_grid"), k = check_grid(k_grid, "k_grid");
+    MAGI_CHECK(q.world == k.world, "k_grid must have the world_size of q_grid, ", q.world, ", got ", k.world);
+    MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
+    MAGI_CHECK(1 <= stages && stages <= 64, "stages must be in [1, 64], got ", stages);
+    const Tensor table = check_host_slices(slices, q.total, k.total);
+    const Tensor q_table = check_table(q_chunks, q.slots, "q_chunks"), k_table = check_table(k_chunks, k.slots, "k_chunks");
+    const plan::Tables tables = plan::make_tables(span_of(table), q, check_chunks(q_table, q, "q_chunks"), k,
+                                                  check_chunks(k_table, k, "k_chunks"), static_cast<int>(rank), static_cast<int>(stages));
+    std::vector<int64_t> statistics;
+    for (int r = 0; r < q.world; ++r) {
+        statistics.insert(statistics.end(), {tables.ranks[r].area, tables.ranks[r].remote});
+        for (int64_t s = 0; s < stages; ++s) statistics.push_back(tables.stage_rows[r * stages + s]);
+    }
+    std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges), table_of(slices, tables.slices),
+                               longs_of(slices, statistics, {q.world, 2 + stages})};
+    for (const plan::StageTables& stage : tables.stages) {
+        out.push_back(table_of(slices, stage.slices));
+        out.push_back(table_of(slices, stage.send));
+        out.push_back(longs_of(slices, stage.splits, {2, q.world}));
+        out.push_back(new_empty(slices, {stage.num_recv(), 0}, ScalarType::Int));
+        out.push_back(new_empty(slices, {stage.num_send(), 0}, ScalarType::Int));
+    }
+    return out;
+}
+
+}  // namespace
+}  // namespace magi
+
+STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
+    m.def("slices_area(Tensor slices) -> Tensor");
+    m.def("slices_overlap(Tensor slices) -> Tensor");
+    m.def("plan_ownership(Tensor slices, int[] q_grid, int total_k, float[] cost) -> Tensor");
+    m.def(
+        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages) "
+        "-> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
+    m.impl("slices_area", TORCH_BOX(&magi::slices_area));
+    m.impl("slices_overlap", TORCH_BOX(&magi::slices_overlap));
+    m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
+    m.impl("plan_tables", TORCH_BOX(&magi::plan_tables));
+}

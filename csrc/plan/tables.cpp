@@ -1,0 +1,210 @@
+#include "plan/tables.h"
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+namespace magi::plan {
+namespace {
+
+// Needed key ranges of every rank, merged, in one flat table; and the pieces of the mask that one rank computes.
+struct Needs {
+    std::vector<int> offset;       // [world + 1]
+    std::vector<Range> ranges;
+    std::vector<int64_t> area;     // [world]
+    std::vector<Slice> pieces;     // of the one rank: local query rows x global keys
+};
+
+Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, int rank) {
+    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), {}};
+    std::vector<std::pair<int, Range>> found;    // in slice order
+    found.reserve(slices.size() + q_runs.runs.size());
+    for (const Slice& s : slices) {
+        if (s.q0 >= s.q1 || s.k0 >= s.k1 || s.lo > s.hi) continue;
+        for (int i = q_runs.first_reaching(s.q0); i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
+            const Run& run = q_runs.runs[i];
+            const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
+            const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+            if (keys.begin >= keys.end) continue;
+            out.area[run.rank] += area(piece);
+            found.emplace_back(run.rank, keys);
+            ++out.offset[run.rank + 1];
+            if (run.rank == rank) out.pieces.push_back(shift(piece, run.local - run.begin, 0));
+        }
+    }
+    std::partial_sum(out.offset.begin(), out.offset.end(), out.offset.begin());
+    std::vector<int> cursor(out.offset);
+    out.ranges.resize(found.size());
+    for (const auto& [owner, keys] : found) out.ranges[cursor[owner]++] = keys;
+    int kept = 0;
+    for (int r = 0; r < grid.world; ++r) {
+        const int begin = out.offset[r], end = out.offset[r + 1];
+        const int merged = merge_ranges(std::span(out.ranges).subspan(begin, end - begin));
+        std::copy_n(out.ranges.begin() + begin, merged, out.ranges.begin() + kept);
+        out.offset[r] = kept;
+        kept += merged;
+    }
+    out.offset[grid.world] = kept;
+    out.ranges.resize(kept);
+    return out;
+}
+
+// Global key rows that sit together in one key buffer: buffer 0 is what the rank owns, 1 + s is stage s.
+struct Segment {
+    int begin, end, source, buffer, offset;
+};
+
+// Bounds that cut nothing off are dropped, so that slices of one shape compare equal.
+Slice normalized(Slice s) {
+    if (s.lo <= s.k0 - (s.q1 - 1)) s.lo = kNoLo;
+    if (s.hi >= s.k1 - 1 - s.q0) s.hi = kNoHi;
+    return s;
+}
+
+bool same_band_within(const Slice& part, int lo, int hi) {
+    const Slice a = normalized(part), b = normalized({part.q0, part.q1, part.k0, part.k1, lo, hi});
+    return a.lo == b.lo && a.hi == b.hi;
+}
+
+// Joins b to a where together they are one slice: side by side, with one band that describes both.
+bool join(Slice& a, const Slice& b) {
+    const bool beside = a.q0 == b.q0 && a.q1 == b.q1 && a.k1 == b.k0;
+    const bool below = a.k0 == b.k0 && a.k1 == b.k1 && a.q1 == b.q0;
+    if (!beside && !below) return false;
+    const int lo = std::max(a.lo, b.lo), hi = std::min(a.hi, b.hi);
+    if (!same_band_within(a, lo, hi) || !same_band_within(b, lo, hi)) return false;
+    a = {a.q0, b.q1, a.k0, b.k1, lo, hi};
+    return true;
+}
+
+template <typename Key>
+void join_sorted(std::vector<Slice>& slices, Key key) {
+    std::sort(slices.begin(), slices.end(), [&](const Slice& a, const Slice& b) { return key(a) < key(b); });
+    size_t count = 0;
+    for (const Slice& s : slices) {
+        if (count == 0 || !join(slices[count - 1], s)) slices[count++] = s;
+    }
+    slices.resize(count);
+}
+
+void simplify(std::vector<Slice>& slices) {
+    for (Slice& s : slices) s = normalized(s);
+    join_sorted(slices, [](const Slice& s) { return std::tuple(s.q0, s.q1, s.k0); });
+    join_sorted(slices, [](const Slice& s) { return std::tuple(s.k0, s.k1, s.q0); });
+    for (Slice& s : slices) s = normalized(hull(s));
+    std::sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) {
+        return std::tuple(a.q0, a.k0, a.q1, a.k1, a.lo, a.hi) < std::tuple(b.q0, b.k0, b.q1, b.k1, b.lo, b.hi);
+    });
+}
+
+std::vector<Range> ranges_of(const Runs& runs, int rank) {
+    std::vector<Range> out;
+    for (const Run& run : runs.runs) {
+        if (run.rank == rank) out.push_back({run.begin, run.end});
+    }
+    return out;
+}
+
+}  // namespace
+
+int64_t StageTables::num_send() const {
+    return std::accumulate(splits.begin(), splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2), int64_t{0});
+}
+int64_t StageTables::num_recv() const {
+    return std::accumulate(splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2), splits.end(), int64_t{0});
+}
+
+Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
+                   std::span<const int> k_chunks, int rank, int num_stages) {
+    const int world = q_grid.world;
+    const Runs q_runs = runs_of(q_grid, q_chunks), k_runs = runs_of(k_grid, k_chunks);
+    const Needs needs = needs_of(slices, q_grid, q_runs, rank);
+
+    Tables out;
+    out.q_ranges = ranges_of(q_runs, rank);
+    out.k_ranges = ranges_of(k_runs, rank);
+    out.ranks.resize(world);
+    out.stage_rows.assign(static_cast<size_t>(world) * num_stages, 0);
+    out.stages.resize(num_stages);
+    for (StageTables& stage : out.stages) stage.splits.assign(2 * static_cast<size_t>(world), 0);
+
+    std::vector<Segment> segments;     // of this rank, in global order
+    std::vector<Segment> arriving;     // of one receiver
+    for (int receiver = 0; receiver < world; ++receiver) {
+        arriving.clear();
+        int64_t remote = 0;
+        for (int i = needs.offset[receiver]; i < needs.offset[receiver + 1]; ++i) {
+            const Range need = needs.ranges[i];
+            for (int j = k_runs.first_reaching(need.begin); j < static_cast<int>(k_runs.runs.size()); ++j) {
+                const Run& run = k_runs.runs[j];
+                if (run.begin >= need.end) break;
+                const int begin = std::max(run.begin, need.begin), end = std::min(run.end, need.end);
+                if (run.rank != receiver) remote += end - begin;
+                // Of the others' own rows nothing moves; of this rank's, the slices below need the place.
+                if (run.rank != receiver || receiver == rank) {
+                    arriving.push_back({begin, end, run.rank, 0, run.local + begin - run.begin});
+                }
+            }
+        }
+        out.ranks[receiver] = {needs.area[receiver], remote};
+
+        int stage = 0;
+        int64_t seen = 0;
+        for (Segment piece : arriving) {
+            if (piece.source == receiver) {
+                segments.push_back(piece);
+                continue;
+            }
+            while (piece.begin < piece.end) {
+                while (stage + 1 < num_stages && seen >= remote * (stage + 1) / num_stages) ++stage;
+                const int64_t room = stage + 1 < num_stages ? remote * (stage + 1) / num_stages - seen : remote - seen;
+                const int rows = static_cast<int>(std::min<int64_t>(room, piece.end - piece.begin));
+                StageTables& tables = out.stages[stage];
+                out.stage_rows[static_cast<size_t>(receiver) * num_stages + stage] += rows;
+                if (piece.source == rank) {
+                    tables.splits[receiver] += rows;
+                    if (!tables.send.empty() && tables.send.back().end == piece.offset) {
+                        tables.send.back().end += rows;
+                    } else {
+                        tables.send.push_back({piece.offset, piece.offset + rows});
+                    }
+                }
+                if (receiver == rank) {
+                    tables.splits[world + piece.source] += rows;
+                    segments.push_back({piece.begin, piece.begin + rows, piece.source, 1 + stage, 0});
+                }
+                piece.begin += rows;
+                piece.offset += rows;
+                seen += rows;
+            }
+        }
+    }
+
+    // A stage's key buffer holds the rows by source rank, each source's rows ascending.
+    std::vector<std::vector<int>> place(num_stages, std::vector<int>(world, 0));
+    for (int s = 0; s < num_stages; ++s) {
+        std::exclusive_scan(out.stages[s].splits.begin() + world, out.stages[s].splits.end(), place[s].begin(), 0);
+    }
+    for (Segment& segment : segments) {
+        if (segment.buffer == 0) continue;
+        int& next = place[segment.buffer - 1][segment.source];
+        segment.offset = next;
+        next += segment.end - segment.begin;
+    }
+
+    for (const Slice& piece : needs.pieces) {
+        const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+        auto segment = std::partition_point(segments.begin(), segments.end(), [&](const Segment& s) { return s.end <= keys.begin; });
+        for (; segment != segments.end() && segment->begin < keys.end; ++segment) {
+            const Slice cut = crop(piece, piece.q0, piece.q1, segment->begin, segment->end);
+            if (hull(cut).q0 == hull(cut).q1) continue;
+            (segment->buffer == 0 ? out.slices : out.stages[segment->buffer - 1].slices)
+                .push_back(shift(cut, 0, segment->offset - segment->begin));
+        }
+    }
+    simplify(out.slices);
+    for (StageTables& stage : out.stages) simplify(stage.slices);
+    return out;
+}
+
+}  // namespace magi::plan

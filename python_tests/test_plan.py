@@ -1,0 +1,194 @@
+"""A plan computes each allowed cell exactly once, moves each needed row exactly once, and all ranks agree."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from magi_attention.mask import Mask
+from magi_attention.plan import Plan, PlanCache, PlanConfig, build_plan
+
+
+def rows_of(ranges: Tensor) -> Tensor:
+    return torch.cat([torch.arange(begin, end) for begin, end in ranges.tolist()] or [torch.arange(0)])
+
+
+def plan_all(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
+    return [build_plan(mask, world_size=world_size, rank=rank, config=config) for rank in range(world_size)]
+
+
+def received_keys(plans: list[Plan], rank: int, stage: int) -> Tensor:
+    """Global ids of the rows in a stage's key buffer, built only from what the senders' tables say."""
+    buffer = []
+    for source in plans:
+        table = source.stages[stage]
+        sent = rows_of(source.k_layout.ranges)[rows_of(table.send_ranges)]
+        counts = table.splits[0]
+        assert len(sent) == int(counts.sum()) == len(table.send_rows)
+        assert counts[rank] == plans[rank].stages[stage].splits[1, source.rank]
+        first = int(counts[:rank].sum())
+        buffer.append(sent[first : first + int(counts[rank])])
+    return torch.cat(buffer)
+
+
+def check(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
+    plans = plan_all(mask, world_size, config)
+    dense = mask.dense()
+    computed = torch.zeros(dense.shape, dtype=torch.int32)
+
+    def compute(slices: Tensor, rows: Tensor, keys: Tensor) -> None:
+        for q0, q1, k0, k1, lo, hi in slices.tolist():
+            diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
+            allowed = (diagonal >= lo) & (diagonal <= hi)
+            computed[rows[q0:q1][:, None], keys[k0:k1]] += allowed.int()
+
+    for layouts, total in ([p.q_layout for p in plans], mask.total_q), ([p.k_layout for p in plans], mask.total_k):
+        # Every row has one home, and every rank as many slots as any other.
+        assert torch.equal(torch.cat([rows_of(x.ranges) for x in layouts]).sort().values, torch.arange(total))
+        assert len({x.rows for x in layouts}) == 1
+        for x in layouts:
+            assert x.num_owned == len(rows_of(x.ranges)) <= x.rows == x.chunks.shape[1] * x.chunk
+            assert torch.equal(x.chunks, layouts[0].chunks)
+
+    for plan in plans:
+        rows, keys = rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
+        compute(plan.slices, rows, keys)
+        received = [received_keys(plans, plan.rank, stage) for stage in range(config.stages)]
+        for stage, buffer in zip(plan.stages, received):
+            assert len(buffer) == int(stage.splits[1].sum()) == len(stage.recv_rows)
+            compute(stage.slices, rows, buffer)
+        needed = dense[rows].any(0).nonzero().flatten()
+        remote = needed[~torch.isin(needed, keys)]
+        assert torch.equal(torch.cat(received).sort().values, remote)  # each once, nothing else
+        assert plan.remote_rows[plan.rank] == len(remote)
+        assert plan.stage_rows[plan.rank].tolist() == [len(buffer) for buffer in received]
+        assert plan.area[plan.rank] == dense[rows].sum()
+        assert torch.equal(plan.statistics, plans[0].statistics)
+    assert torch.equal(computed, dense.int())
+    return plans
+
+
+MASKS = {
+    "full": Mask.full(64),
+    "causal": Mask.causal(101),
+    "documents": Mask.varlen([0, 3, 50, 51, 90, 128]),
+    "documents in both directions": Mask.varlen([0, 17, 64, 90], causal=False),
+    "window": Mask.sliding_window(100, 7, 3),
+    "windows with global tokens": Mask.varlen([0, 40, 97], window=(5, 0), global_tokens=3),
+    "prefix": Mask.prefix_lm(77, 20),
+    "blocks": Mask.block_causal(100, 16),
+    "tree": Mask.tree([-1, 0, 0, 1], [20, 20, 20, 11]),
+    "cross attention": Mask.full(30, 50),
+    "cross attention, fewer keys": Mask.from_slices([[0, 40], [40, 90]], [[0, 9], [9, 21]], ["causal", "full"]),
+    "fewer rows than ranks": Mask.full(3),
+    "nothing": Mask.varlen([0]),
+    "rows without keys": Mask.from_slices([[10, 20]], [[0, 5]], "full", total_q=64, total_k=64),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_cell_once(name: str, world_size: int) -> None:
+    for chunk in (1, 5, 16):
+        check(MASKS[name], world_size, PlanConfig(chunk=chunk, stages=3))
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> Mask:
+    """Random bands in the cells of a random grid: they cannot overlap, and anything else may happen."""
+    q_cuts = sorted(draw(st.lists(st.integers(0, 90), min_size=2, max_size=6)))
+    k_cuts = sorted(draw(st.lists(st.integers(0, 90), min_size=2, max_size=4)))
+    q_ranges, k_ranges, bands = [], [], []
+    bound = st.none() | st.integers(-60, 60)
+    for q in itertools.pairwise(q_cuts):
+        for k in itertools.pairwise(k_cuts):
+            if draw(st.booleans()):
+                q_ranges.append(q)
+                k_ranges.append(k)
+                bands.append((draw(bound), draw(bound)))
+    total_q = q_cuts[-1] + draw(st.integers(0, 10))
+    total_k = total_q if draw(st.booleans()) and k_cuts[-1] <= total_q else k_cuts[-1] + draw(st.integers(0, 10))
+    if not q_ranges:
+        return Mask.from_slices([[0, 0]], [[0, 0]], "full", total_q=total_q, total_k=total_k)
+    return Mask.from_bands(q_ranges, k_ranges, bands, total_q=total_q, total_k=total_k)
+
+
+@settings(max_examples=100, deadline=None)
+@given(masks(), st.integers(1, 16), st.integers(1, 40), st.integers(1, 4))
+def test_every_cell_once_on_random_masks(mask: Mask, world_size: int, chunk: int, stages: int) -> None:
+    check(mask, world_size, PlanConfig(chunk=chunk, stages=stages))
+
+
+def test_contiguous_rows_need_few_slices() -> None:
+    plan = build_plan(Mask.sliding_window(4096, 63, 0), world_size=4, rank=1, config=PlanConfig(chunk=64, stages=1))
+    assert plan.q_layout.ranges.shape[0] == 1
+    assert len(plan.slices) == 1 and len(plan.stages[0].slices) == 1
+    assert plan.remote_rows.max() == 63
+
+
+def test_plan_is_a_value() -> None:
+    mask = Mask.varlen([0, 100, 300, 512])
+    plan, again = (build_plan(mask, world_size=4, rank=2) for _ in range(2))
+    other = build_plan(Mask.varlen([0, 100, 301, 512]), world_size=4, rank=2)
+    assert plan == again and hash(plan) == hash(again)
+    assert plan != other and plan != build_plan(mask, world_size=4, rank=1)
+    with pytest.raises(AttributeError):
+        plan.slices = other.slices  # type: ignore[misc]
+    for copy in pickle.loads(pickle.dumps(plan)), plan.to("cpu"):
+        assert copy == plan and copy.q_layout is copy.k_layout
+        for table in [copy.slices, copy.q_layout.ranges, *(s.recv_rows for s in copy.stages)]:
+            assert table._dynamo_unbacked_indices == {0}
+
+
+def test_cache_is_bounded() -> None:
+    cache = PlanCache(capacity=2)
+    plans = [cache.build_plan(Mask.causal(n), world_size=2, rank=0) for n in (10, 20, 30)]
+    assert len(cache) == 2
+    assert cache.build_plan(Mask.causal(30), world_size=2, rank=0) is plans[2]
+    assert cache.build_plan(Mask.causal(30), world_size=2, rank=1) is not plans[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"world_size": 0, "rank": 0}, "world_size must be at least 1, got 0"),
+        ({"world_size": 4, "rank": 4}, r"rank must be in \[0, 4\), got 4"),
+    ],
+)
+def test_errors_name_the_argument(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_plan(Mask.causal(16), **arguments)
+
+
+def test_config_errors_name_the_field() -> None:
+    for bad in ({"chunk": 0}, {"stages": 0}, {"heads": (8, 0)}, {"head_dim": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            PlanConfig(**bad)  # type: ignore[arg-type]
+
+
+def brute_force_overlap(slices: Tensor) -> bool:
+    covered = torch.zeros(64, 64, dtype=torch.int32)
+    for q0, q1, k0, k1, lo, hi in slices.tolist():
+        diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
+        covered[q0:q1, k0:k1] += ((diagonal >= lo) & (diagonal <= hi)).int()
+    return bool((covered > 1).any())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 30)] * 4, st.integers(-40, 40), st.integers(-40, 40)), max_size=8))
+def test_overlap_is_found(rows: list[tuple[int, ...]]) -> None:
+    table = [(q, q + h, k, k + w, lo, hi) for q, h, k, w, lo, hi in rows]
+    slices = torch.tensor(table, dtype=torch.int32).reshape(-1, 6)
+    first, second = torch.ops.magi.slices_overlap(slices).tolist()
+    assert (first >= 0) == brute_force_overlap(slices)
+    if first >= 0:
+        assert first < second and brute_force_overlap(slices[[first, second]])
+
+
+def test_area_of_slices() -> None:
+    mask = MASKS["windows with global tokens"]
+    assert torch.ops.magi.slices_area(mask.slices).sum() == mask.dense().sum()
