@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -442,3 +443,57 @@ def test_refuses(build, message):
 def test_type_code_out_of_range():
     with pytest.raises(ValueError, match="code must be 0, 1, 2 or 3, got 4"):
         AttnMaskType.from_int_type(4)
+
+
+# ---- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_names_both_slices_and_a_cell():
+    with pytest.raises(
+        ValueError, match=r"slice 0 \(rows \[0, 4\), keys \[0, 4\), k - q <= 0\) and slice 2 \(rows \[3, 5"
+    ):
+        Mask.from_slices([[0, 4], [4, 6], [3, 5]], [[0, 4], [4, 6], [2, 4]], ["causal", "full", "full"])
+    with pytest.raises(ValueError, match=r"-1 <= k - q <= 1.*both cover row 2, key 3"):
+        Mask.from_bands([[0, 4], [2, 4]], [[0, 4], [3, 4]], [(-1, 1), (None, None)])
+    with pytest.raises(ValueError, match=r"slices must not overlap, got slice 0 .* and slice 1"):
+        Mask(Mask.full(3).slices.repeat(2, 1), 3, 3)
+
+
+def test_touching_is_not_overlapping():
+    halves = Mask.from_bands([[0, 4]] * 2, [[0, 4]] * 2, [(None, 0), (1, None)])
+    assert_shows(halves, "xxxx", "xxxx", "xxxx", "xxxx")
+    staircase = Mask.from_slices([[0, 2], [0, 2], [2, 4]], [[0, 2], [2, 4], [0, 4]], "full")
+    assert staircase.area() == 16
+    empty = Mask.from_slices([[0, 2], [0, 0], [1, 2]], [[0, 2], [0, 2], [1, 1]], "full")
+    assert empty.area() == 4, "a slice without cells overlaps nothing"
+
+
+@given(st.data())
+def test_overlap_is_refused_exactly_where_a_cell_is_covered_twice(data):
+    count = data.draw(st.integers(0, 4))
+    bound = st.none() | st.integers(-7, 7)
+    q, k = ([data.draw(ranges(7)) for _ in range(count)] for _ in range(2))
+    bands = [(data.draw(bound), data.draw(bound)) for _ in range(count)]
+    covers = [Mask.from_bands([a], [b], [c], total_q=7, total_k=7).dense() for a, b, c in zip(q, k, bands)]
+    twice = sum((c.int() for c in covers), torch.zeros(7, 7, dtype=torch.int32)) > 1
+    if not twice.any():
+        assert Mask.from_bands(q, k, bands, total_q=7, total_k=7).area() == sum(int(c.sum()) for c in covers)
+        return
+    with pytest.raises(ValueError, match="slices must not overlap") as error:
+        Mask.from_bands(q, k, bands, total_q=7, total_k=7)
+    first, second = (int(at) for at in re.findall(r"slice (\d+) \(", str(error.value)))
+    row, key = (int(at) for at in re.search(r"row (\d+), key (\d+)", str(error.value)).groups())
+    assert first != second and covers[first][row, key] and covers[second][row, key]
+
+
+def test_builders_are_disjoint_at_scale():
+    """The builders skip the check, being disjoint by construction; what they build has to pass it."""
+    ends = torch.randint(0, 200, (1000,), generator=torch.Generator().manual_seed(0)).cumsum(0)
+    cu_seqlens = torch.cat([torch.tensor([0]), ends])
+    total = int(ends[-1])
+    for mask in (
+        Mask.varlen(cu_seqlens, window=(16, 0), global_tokens=4),
+        Mask.block_causal(total, 33, cu_seqlens=cu_seqlens),
+        Mask.tree([(i - 1) // 2 for i in range(1000)], cu_seqlens.diff()),
+    ):
+        assert Mask(mask.slices, mask.total_q, mask.total_k) == mask

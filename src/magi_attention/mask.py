@@ -138,6 +138,7 @@ class Mask:
         slices = slices.detach().cpu().contiguous().clone()
         _check_within("slices (rows)", slices[:, :2], "total_q", total_q)
         _check_within("slices (keys)", slices[:, 2:4], "total_k", total_k)
+        _refuse_overlap(slices)
         self._set(slices, total_q, total_k)
 
     def _set(self, slices: Tensor, total_q: int, total_k: int) -> Mask:
@@ -346,7 +347,7 @@ class Mask:
         """
         q = _ranges("q_ranges", q_ranges)
         k = _ranges("k_ranges", k_ranges, len(q))
-        return cls._checked(q, k, _type_codes(types, len(q)), None, total_q, total_k)
+        return cls._checked(q, k, band_slices(q, k, _type_codes(types, len(q)))[:, 4:], total_q, total_k)
 
     @classmethod
     def from_bands(
@@ -369,18 +370,16 @@ class Mask:
         """
         q = _ranges("q_ranges", q_ranges)
         k = _ranges("k_ranges", k_ranges, len(q))
-        return cls._checked(q, k, None, _bands(bands, len(q)), total_q, total_k)
+        return cls._checked(q, k, _bands(bands, len(q)), total_q, total_k)
 
     @classmethod
-    def _checked(
-        cls, q: Tensor, k: Tensor, codes: Tensor | None, bands: Tensor | None, total_q: int | None, total_k: int | None
-    ) -> Mask:
-        total_q = _length("total_q", max(q.flatten().tolist(), default=0) if total_q is None else total_q)
-        total_k = _length("total_k", max(k.flatten().tolist(), default=0) if total_k is None else total_k)
-        _check_within("q_ranges", q, "total_q", total_q)
-        _check_within("k_ranges", k, "total_k", total_k)
-        slices = torch.cat([q, k, bands], dim=1).to(torch.int32) if codes is None else band_slices(q, k, codes)
-        return cls(slices, total_q, total_k)
+    def _checked(cls, q: Tensor, k: Tensor, bands: Tensor, total_q: int | None, total_k: int | None) -> Mask:
+        totals = []
+        for name, ranges, total in ("q", q, total_q), ("k", k, total_k):
+            largest = int(ranges.max()) if len(ranges) else 0
+            totals.append(_length(f"total_{name}", largest if total is None else total))
+            _check_within(f"{name}_ranges", ranges, f"total_{name}", totals[-1])
+        return cls(torch.cat([q, k, bands], dim=1).to(torch.int32), *totals)
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
@@ -643,9 +642,32 @@ def _check_within(name: str, ranges: Tensor, total_name: str, total: int) -> Non
     _check_each(name, ranges, valid, f"a range [start, end) with 0 <= start <= end <= {total_name} = {total}")
 
 
+def _refuse_overlap(slices: Tensor) -> None:
+    first, second = torch.ops.magi.slices_overlap(slices).tolist()
+    if first < 0:
+        return
+    pair = slices[[first, second]].long()
+    starts, ends = pair.amax(0).tolist(), pair.amin(0).tolist()
+    row = max(starts[0], starts[2] - ends[5])  # the first row whose band reaches the first common key
+    key = max(starts[2], row + starts[4])
+    names = []
+    for at, (q0, q1, k0, k1, lo, hi) in zip((first, second), pair.tolist()):
+        bounds = (f"{lo} <= " if lo > NO_LO else "") + "k - q" + (f" <= {hi}" if hi < NO_HI else "")
+        band = f", {bounds}" if bounds != "k - q" else ""
+        names.append(f"slice {at} (rows [{q0}, {q1}), keys [{k0}, {k1}){band})")
+    raise ValueError(
+        f"slices must not overlap, got {names[0]} and {names[1]}, which both cover row {row}, key {key}: "
+        f"attention would count that key twice"
+    )
+
+
 def _stack(*columns: Tensor | int) -> Tensor:
     """int32 [n, 6] from six columns, each int64 [n] or one value for all."""
-    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(column) for column in columns)), dim=1).to(torch.int32)
+    count = max(len(column) for column in columns if isinstance(column, Tensor))
+    slices = torch.empty(count, 6, dtype=torch.int32)
+    for at, column in enumerate(columns):
+        slices[:, at] = column
+    return slices
 
 
 def _enumerate(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
