@@ -80,19 +80,23 @@ def test_rows_and_keys_without_a_partner(with_sink):
     sink = sink if with_sink else None
     dout, dlse = torch.randn(6, 4, 5), torch.randn(6, 4)
     result = attention_and_grads(*qkv, GAPS, dout, dlse, sink=sink)
-    assert (result.out[3] == 0).all() and (result.lse[3] == -torch.inf).all()
+    bare_lse = torch.logsumexp(sink, 0) if with_sink else torch.full((4,), -torch.inf, dtype=torch.float64)
+    assert (result.out[3] == 0).all()
+    torch.testing.assert_close(result.lse[3], bare_lse)
     assert (result.dq[3] == 0).all() and (result.dk[6] == 0).all() and (result.dv[6] == 0).all()
     for gradient in result[2:5] + ((result.dsink,) if with_sink else ()):
         assert gradient.isfinite().all() and gradient.abs().max() > 0
     changed = torch.cat([dout[:3], dout[3:4] + 100, dout[4:]])
     for got, want in zip(attention_and_grads(*qkv, GAPS, changed, dlse, sink=sink)[2:], result[2:]):
-        assert got is want is None or torch.equal(got, want), "a bare row sends no gradient"
+        assert got is want is None or torch.equal(got, want), "the out of a bare row sends no gradient"
 
 
 def test_nothing_to_attend():
     q, k, v, sink = inputs()
     out, lse = attention(q, k[:0], v[:0], Mask.full(6, 0), sink=sink)
-    assert out.shape == (6, 4, 5) and (out == 0).all() and (lse == -torch.inf).all()
+    assert out.shape == (6, 4, 5) and (out == 0).all()
+    torch.testing.assert_close(lse, torch.logsumexp(sink, 0).expand(6, 4))
+    assert (attention(q, k[:0], v[:0], Mask.full(6, 0))[1] == -torch.inf).all()
     assert attention(q[:0], k, v, Mask.full(0, 7))[0].shape == (0, 4, 5)
 
 

@@ -36,7 +36,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention, differentiable in q, k, v and sink, through out and through lse.
 
-    A row without keys has out 0 and lse -inf, with or without a sink, and sends zero gradients.
+    A row without keys has out 0 and sends zero gradients to q, k and v; its lse is that of the sink alone, -inf
+    without one.
 
     Args:
         q: [tq, hq, d]; k: [tk, hk, d]; v: [tk, hk, dv]; hq a multiple of hk.
@@ -72,13 +73,13 @@ def attention(
     peak = scores.detach().amax(dim=2, keepdim=True)
     weights = torch.exp(scores - peak.masked_fill(peak == -torch.inf, 0))
 
-    # Constants stand in for the rows without keys before the division and the logarithm, so that no NaN enters the
-    # backward.
-    empty = ~allowed.any(dim=1)[:, None]  # [tq, 1]
+    # Constants stand in for the rows that have neither keys nor a sink before the division and the logarithm, so that no
+    # NaN enters the backward.
+    empty = peak == -torch.inf  # [hq, tq, 1]
     total = weights.sum(dim=2, keepdim=True).masked_fill(empty, 1)
     weights = (weights / total)[..., : k.shape[0]].to(dtype)
     out = (weights @ vh).transpose(0, 1)
-    lse = (peak + torch.log(total))[..., 0].T.masked_fill(empty, -torch.inf)
+    lse = (peak + torch.log(total)).masked_fill(empty, -torch.inf)[..., 0].T
     return out, lse
 
 
