@@ -11,11 +11,22 @@
 namespace magi::plan {
 namespace {
 
-constexpr CostModel kCost{2.7e-11, 1.1e-8, 0.1};
+constexpr CostModel kCost{2.7e-11, 1.1e-8, 0.05, 0.1, 0.01};
 
 Grid grid_of(int total, int chunk, int world) {
     const int slots = std::max(1, (total + chunk * world - 1) / (chunk * world));
     return {total, chunk, world, slots};
+}
+
+Ownership dealt_round_robin(const Grid& grid) {
+    Ownership out;
+    for (int r = 0; r < grid.world; ++r) {
+        for (int slot = 0; slot < grid.slots; ++slot) {
+            const int c = slot * grid.world + r;
+            out.push_back(c < grid.num_chunks() ? c : -1);
+        }
+    }
+    return out;
 }
 
 std::vector<int> rows_of(const std::vector<Range>& ranges) {
@@ -90,7 +101,7 @@ TEST(Tables, EveryCellOnceOnRandomMasks) {
         const Grid grid = grid_of(total, 1 + static_cast<int>(seed % 9), world);
         const std::vector<Slice> mask = random_bands(total, total, seed);
         const Demand demand = demand_of(mask, grid);
-        for (const Ownership& chunks : {assign_chunks(demand, grid, kCost), assign_min_heap(demand, grid)}) {
+        for (const Ownership& chunks : {assign_chunks(demand, grid, kCost), dealt_round_robin(grid)}) {
             check_plan(mask, grid, chunks, grid, chunks, 1 + static_cast<int>(seed % 4));
         }
     }

@@ -79,9 +79,9 @@ Tensor slices_overlap(const Tensor& slices) {
 
 Tensor plan_ownership(const Tensor& slices, std::vector<int64_t> q_grid, int64_t total_k, std::vector<double> cost) {
     const plan::Grid grid = check_grid(q_grid, "q_grid");
-    MAGI_CHECK(cost.size() == 3, "cost must be [seconds of a cell, seconds of a row, exposed share], got ", cost.size(), " numbers");
+    MAGI_CHECK(cost.size() == 5, "cost must be [cell, row, exposed, traffic, slack], got ", cost.size(), " numbers");
     const Tensor table = check_host_slices(slices, grid.total, total_k);
-    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, {cost[0], cost[1], cost[2]});
+    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, {cost[0], cost[1], cost[2], cost[3], cost[4]});
     Tensor out = new_empty(slices, {grid.world, grid.slots}, ScalarType::Int);
     std::copy(chunks.begin(), chunks.end(), static_cast<int*>(out.data_ptr()));
     return out;

@@ -4,17 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <queue>
 
 namespace magi::plan {
 namespace {
 
-Ownership table_of(std::span<const int> rank_of_slot, const Grid& grid) {
-    Ownership chunks(grid.num_slots(), -1);
-    std::vector<int> next(grid.world, 0);
-    for (int c = 0; c < grid.num_chunks(); ++c) chunks[rank_of_slot[c] * grid.slots + next[rank_of_slot[c]]++] = c;
-    return chunks;
-}
+// Slots are numbered like chunks; those beyond the last chunk are padding: no rows, no area, no needs.
 
 int64_t shared_rows(std::span<const Range> a, std::span<const Range> b) {
     int64_t rows = 0;
@@ -27,7 +21,8 @@ int64_t shared_rows(std::span<const Range> a, std::span<const Range> b) {
 
 // Halves a list of chunks again and again: a window of the list for one half of the ranks, the rest for the other half. On the
 // circle of all windows of the right length there is always one with just its share of the area (necklace splitting; Goldberg and
-// West, 1985), so every rank ends with a few contiguous runs. Of the windows that balance, the one that tears the least apart wins.
+// West, 1985), so every rank ends with a few contiguous runs: documents stay whole, windows go contiguous, causal goes zigzag. Of
+// the windows that balance, the one that tears the least apart wins.
 class Bisection {
 public:
     Bisection(const Demand& demand, const Grid& grid, const CostModel& cost)
@@ -36,6 +31,7 @@ public:
         std::copy(demand.area.begin(), demand.area.end(), area_.begin());
         for (int c = 1; c < grid.num_chunks(); ++c) link_[c] = shared_rows(demand.of(c - 1), demand.of(c));
         std::iota(order_.begin(), order_.end(), 0);
+        fair_share_ = static_cast<double>(std::accumulate(area_.begin(), area_.end(), int64_t{0})) / grid.world;
     }
 
     std::vector<int> run() {
@@ -56,19 +52,21 @@ private:
             for (int i = begin; i < end; ++i) rank_of_[order_[i]] = first_rank;
             return;
         }
-        const int count = end - begin, left_ranks = num_ranks / 2, window = left_ranks * grid_.slots;
+        const int count = end - begin, left_ranks = num_ranks / 2, right_ranks = num_ranks - left_ranks;
+        const int window = left_ranks * grid_.slots;
         prefix_[0] = 0;
         for (int i = 0; i < count; ++i) prefix_[i + 1] = prefix_[i] + area_[order_[begin + i]];
-        const double share = static_cast<double>(prefix_[count]) * left_ranks / num_ranks;
+        const int64_t total = prefix_[count];
+        const double fair = std::max(fair_share_, static_cast<double>(total) / num_ranks);
         double best = std::numeric_limits<double>::infinity();
         int at = 0;
         for (int i = 0; i < count; ++i) {
             const int stop = i + window;
-            const int64_t inside = stop <= count ? prefix_[stop] - prefix_[i] : prefix_[count] - prefix_[i] + prefix_[stop - count];
-            const double off = std::abs(static_cast<double>(inside) - share) / left_ranks * cost_.cell;
-            if (off >= best) continue;
-            const double torn = tear(begin, count, i) + tear(begin, count, stop <= count ? stop : stop - count);
-            const double value = off + torn * cost_.row * cost_.exposed / num_ranks;
+            const int64_t inside = stop <= count ? prefix_[stop] - prefix_[i] : total - prefix_[i] + prefix_[stop - count];
+            const double busier = std::max(static_cast<double>(inside) / left_ranks, static_cast<double>(total - inside) / right_ranks);
+            double value = cost_.cell * std::max(0.0, busier - fair);
+            if (value >= best) continue;
+            value += cost_.traffic * cost_.row * (tear(begin, count, i) + tear(begin, count, stop <= count ? stop : stop - count));
             if (value < best) {
                 best = value;
                 at = i;
@@ -82,7 +80,7 @@ private:
         }
         std::copy(scratch_.begin() + begin, scratch_.begin() + end, order_.begin() + begin);
         split(begin, begin + window, first_rank, left_ranks);
-        split(begin + window, end, first_rank + left_ranks, num_ranks - left_ranks);
+        split(begin + window, end, first_rank + left_ranks, right_ranks);
     }
 
     const Grid& grid_;
@@ -91,28 +89,171 @@ private:
     std::vector<int> order_, scratch_;
     std::vector<int64_t> prefix_;
     std::vector<int> rank_of_;
+    double fair_share_ = 0;
+};
+
+// Trades chunks one for one between ranks that hold the others up and ranks that have room, where it adds the fewest rows.
+class Exchange {
+public:
+    Exchange(const Demand& demand, const Grid& grid, const CostModel& cost, std::span<const int> rank_of)
+        : demand_(demand), grid_(grid), cost_(cost), ranks_(grid.world) {
+        for (Rank& rank : ranks_) rank.chunks.reserve(grid.slots);
+        for (int c = 0; c < grid.num_slots(); ++c) ranks_[rank_of[c]].chunks.push_back(c);
+        double mean = 0;
+        for (Rank& rank : ranks_) {
+            for (const int c : rank.chunks) rank.area += area(c);
+            collect_keys(rank);
+            mean += rank.time / grid.world;
+        }
+        limit_ = mean * (1 + cost.slack);
+    }
+
+    Ownership run() {
+        // Siblings of the last bisection share documents: trades between them are nearly free.
+        for (int a = 0; a + 1 < grid_.world; a += 2) relieve(ranks_[a], ranks_[a + 1]);
+        std::vector<int> order(grid_.world);
+        std::iota(order.begin(), order.end(), 0);
+        for (int round = 0; round < kRounds; ++round) {
+            std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return ranks_[a].time > ranks_[b].time; });
+            bool moved = false;
+            for (int i = 0; i < grid_.world && ranks_[order[i]].time > limit_; ++i) {
+                Rank& busy = ranks_[order[i]];
+                for (int p = 0; p < kPartners && busy.time > limit_; ++p) {
+                    Rank& partner = ranks_[order[grid_.world - 1 - (i + p) % grid_.world]];
+                    if (partner.time < limit_ && relieve(busy, partner)) moved = true;
+                }
+            }
+            if (!moved) break;
+        }
+        Ownership chunks;
+        for (const Rank& rank : ranks_) {
+            for (const int c : rank.chunks) chunks.push_back(c < grid_.num_chunks() ? c : -1);
+        }
+        return chunks;
+    }
+
+private:
+    static constexpr int kRounds = 24, kPartners = 12, kTrades = 3;
+
+    struct Rank {
+        std::vector<int> chunks;     // ascending
+        std::vector<int> by_area;    // heaviest first; empty until asked for
+        std::vector<Range> keys;     // all that its rows need, merged
+        int64_t area = 0, remote = 0;
+        double time = 0;
+    };
+
+    int64_t area(int c) const { return c < grid_.num_chunks() ? demand_.area[c] : 0; }
+    bool heavier(int a, int b) const { return area(a) != area(b) ? area(a) > area(b) : a < b; }
+
+    void collect_keys(Rank& rank) {
+        rank.keys.clear();
+        for (const int c : rank.chunks) {
+            if (c >= grid_.num_chunks()) break;
+            const std::span<const Range> needs = demand_.of(c);
+            rank.keys.insert(rank.keys.end(), needs.begin(), needs.end());
+        }
+        rank.keys.resize(merge_ranges(rank.keys));
+        rank.remote = 0;
+        for (const Range& r : rank.keys) rank.remote += r.end - r.begin;
+        size_t at = 0;
+        for (const int c : rank.chunks) {
+            if (c >= grid_.num_chunks()) break;
+            const Range rows = grid_.rows(c);
+            while (at < rank.keys.size() && rank.keys[at].end <= rows.begin) ++at;
+            for (size_t i = at; i < rank.keys.size() && rank.keys[i].begin < rows.end; ++i) {
+                rank.remote -= std::min(rank.keys[i].end, rows.end) - std::max(rank.keys[i].begin, rows.begin);
+            }
+        }
+        rank.time = cost_.rank_time(static_cast<double>(rank.area), static_cast<double>(rank.remote));
+    }
+
+    const std::vector<int>& by_area(Rank& rank) const {
+        if (rank.by_area.empty()) {
+            rank.by_area = rank.chunks;
+            std::sort(rank.by_area.begin(), rank.by_area.end(), [this](int a, int b) { return heavier(a, b); });
+        }
+        return rank.by_area;
+    }
+
+    // Rows of a chunk's keys that a rank does not need yet.
+    int64_t added(int c, const Rank& rank) const {
+        if (c >= grid_.num_chunks()) return 0;
+        int64_t rows = 0;
+        for (const Range& need : demand_.of(c)) {
+            rows += need.end - need.begin;
+            auto it = std::partition_point(rank.keys.begin(), rank.keys.end(), [&](const Range& r) { return r.end <= need.begin; });
+            for (; it != rank.keys.end() && it->begin < need.end; ++it) {
+                rows -= std::min(it->end, need.end) - std::max(it->begin, need.begin);
+            }
+        }
+        return rows;
+    }
+
+    // What two ranks cost the others: the time by which they exceed the limit, and their traffic.
+    double burden(double area_a, double rows_a, double area_b, double rows_b) const {
+        return std::max(0.0, cost_.rank_time(area_a, rows_a) - limit_) + std::max(0.0, cost_.rank_time(area_b, rows_b) - limit_) +
+               cost_.traffic * cost_.row * (rows_a + rows_b);
+    }
+
+    // Trades until neither rank exceeds the limit or no trade helps; true if any was made.
+    bool relieve(Rank& first, Rank& second) {
+        bool moved = false;
+        for (int trade = 0; trade < kTrades; ++trade) {
+            Rank& a = first.time >= second.time ? first : second;
+            Rank& b = &a == &first ? second : first;
+            if (a.time <= limit_) break;
+            const double area_a = static_cast<double>(a.area), area_b = static_cast<double>(b.area);
+            const double rows_a = static_cast<double>(a.remote), rows_b = static_cast<double>(b.remote);
+            const double even = (a.time - b.time) / 2 / cost_.cell;
+            double best = burden(area_a, rows_a, area_b, rows_b);
+            int give = -1, take = -1;
+            const std::vector<int>&from_a = by_area(a), &from_b = by_area(b);
+            size_t j = 0;
+            for (const int x : from_a) {
+                while (j + 1 < from_b.size() && static_cast<double>(area(x) - area(from_b[j])) < even) ++j;
+                for (const size_t k : {j, j > 0 ? j - 1 : j}) {
+                    const int y = from_b[k];
+                    const double change = static_cast<double>(area(x) - area(y));
+                    if (change <= 0 || burden(area_a - change, rows_a, area_b + change, rows_b) >= best) continue;
+                    const double value = burden(area_a - change, rows_a + static_cast<double>(added(y, a)), area_b + change,
+                                                rows_b + static_cast<double>(added(x, b)));
+                    if (value < best) {
+                        best = value;
+                        give = x;
+                        take = y;
+                    }
+                }
+            }
+            if (give < 0) break;
+            replace(a, give, take);
+            replace(b, take, give);
+            moved = true;
+        }
+        return moved;
+    }
+
+    void replace(Rank& rank, int out, int in) {
+        rank.chunks.erase(std::lower_bound(rank.chunks.begin(), rank.chunks.end(), out));
+        rank.chunks.insert(std::lower_bound(rank.chunks.begin(), rank.chunks.end(), in), in);
+        const auto before = [this](int a, int b) { return heavier(a, b); };
+        rank.by_area.erase(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), out, before));
+        rank.by_area.insert(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), in, before), in);
+        rank.area += area(in) - area(out);
+        collect_keys(rank);
+    }
+
+    const Demand& demand_;
+    const Grid& grid_;
+    const CostModel& cost_;
+    std::vector<Rank> ranks_;
+    double limit_ = 0;
 };
 
 }  // namespace
 
 Ownership assign_chunks(const Demand& demand, const Grid& q_grid, const CostModel& cost) {
-    return table_of(Bisection(demand, q_grid, cost).run(), q_grid);
-}
-
-Ownership assign_min_heap(const Demand& demand, const Grid& q_grid) {
-    std::vector<int> order(q_grid.num_chunks()), rank_of(q_grid.num_chunks()), used(q_grid.world, 0);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return demand.area[a] > demand.area[b]; });
-    using Load = std::pair<int64_t, int>;
-    std::priority_queue<Load, std::vector<Load>, std::greater<>> lightest;
-    for (int r = 0; r < q_grid.world; ++r) lightest.push({0, r});
-    for (const int c : order) {
-        const auto [load, r] = lightest.top();
-        lightest.pop();
-        rank_of[c] = r;
-        if (++used[r] < q_grid.slots) lightest.push({load + demand.area[c], r});
-    }
-    return table_of(rank_of, q_grid);
+    return Exchange(demand, q_grid, cost, Bisection(demand, q_grid, cost).run()).run();
 }
 
 }  // namespace magi::plan

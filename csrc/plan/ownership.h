@@ -5,12 +5,14 @@
 
 namespace magi::plan {
 
-// Predicted seconds; only their ratios decide. One step of a rank takes the longer of compute and communication, plus the
-// share of the shorter one that is not hidden behind it.
+// Predicted seconds; only their ratios decide. One step of a rank takes the longer of compute and communication, plus the share of
+// the shorter one that is not hidden behind it. The step of all takes as long as its slowest rank.
 struct CostModel {
     double cell;       // per allowed cell, all heads
     double row;        // per received key row
     double exposed;    // share of the shorter activity that is not hidden
+    double traffic;    // worth of a second of communication that hides: it still takes bandwidth and power from others
+    double slack;      // share of the mean step time by which a rank may exceed it before traffic is spent to relieve it
 
     double rank_time(double area, double rows) const {
         const double compute = cell * area, transfer = row * rows;
@@ -18,10 +20,7 @@ struct CostModel {
     }
 };
 
-// Deals the chunks of every rank.
+// Deals the chunks so that every rank has equally many slots.
 Ownership assign_chunks(const Demand& demand, const Grid& q_grid, const CostModel& cost);
-
-// The classical baseline: heaviest chunk first, to the lightest rank with a free slot.
-Ownership assign_min_heap(const Demand& demand, const Grid& q_grid);
 
 }  // namespace magi::plan

@@ -1,0 +1,11 @@
+"""Who owns which rows, who sends what to whom, what does each rank compute? `build_plan` turns a mask into a `Plan`.
+
+Planning needs no GPU and no process group, and every rank finds the same answer alone: it can run ahead of time, in a
+dataloader worker. The arithmetic is in csrc/plan.
+"""
+
+from magi_attention.plan.build import PlanCache, build_plan
+from magi_attention.plan.config import HardwareProfile, PlanConfig
+from magi_attention.plan.tables import Layout, Plan, Stage
+
+__all__ = ["HardwareProfile", "Layout", "Plan", "PlanCache", "PlanConfig", "Stage", "build_plan"]

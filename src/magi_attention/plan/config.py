@@ -1,0 +1,89 @@
+"""How to plan, and for which hardware?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """What a rank can do, as far as planning depends on it.
+
+    Attributes:
+        flops: attention kernel rate in floating-point operations a second.
+        bandwidth: bytes a second that a rank receives.
+        exposed: share of the shorter one of compute and communication that is not hidden behind the longer one.
+        traffic: worth of communication that does hide, as a share of its time: it still takes memory bandwidth and
+            power from other work. It decides between plans that take equally long.
+    """
+
+    flops: float = 600e12
+    bandwidth: float = 360e9
+    exposed: float = 0.05
+    traffic: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in "flops", "bandwidth":
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in "exposed", "traffic":
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How to plan.
+
+    Attributes:
+        chunk: rows that move to a rank together. By default a 64th of a rank's rows in whole tiles of 128, from 128 to
+            512; short sequences get smaller chunks, so that every rank has at least 16.
+        stages: remote stages, fixed for a compiled function. The communication of one overlaps the compute before it.
+        heads: query heads and key/value heads of the model; with `head_dim` and `profile` they weigh compute
+            against communication.
+        head_dim: width of a head.
+        slack: share of the mean step time by which a rank may exceed it before more rows are moved to relieve it.
+        profile: what the hardware can do.
+    """
+
+    chunk: int | None = None
+    stages: int = 2
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
+    slack: float = 0.01
+    profile: HardwareProfile = field(default_factory=HardwareProfile)
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 row, got {self.chunk}")
+        if not 1 <= self.stages <= 64:
+            raise ValueError(f"stages must be between 1 and 64, got {self.stages}")
+        if len(self.heads) != 2 or min(self.heads) < 1:
+            raise ValueError(f"heads must be at least one query head and one key/value head, got {self.heads}")
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        if not self.slack >= 0:
+            raise ValueError(f"slack must be at least 0, got {self.slack}")
+
+    def chunk_rows(self, total: int, world_size: int) -> int:
+        """Rows of a chunk for a sequence of `total` rows."""
+        rows = -(-total // world_size)
+        if self.chunk is not None:
+            return max(1, min(self.chunk, rows))
+        if rows < 16 * _TILE:
+            return max(1, -(-rows // 16))
+        return min(max(rows // 64 // _TILE, 1), 4) * _TILE
+
+    def costs(self) -> list[float]:
+        """What the core's cost model takes: seconds of one allowed cell and of one received key row (forward pass,
+        16-bit keys and values), exposed share, traffic share, slack."""
+        return [
+            4 * self.heads[0] * self.head_dim / self.profile.flops,
+            4 * self.heads[1] * self.head_dim / self.profile.bandwidth,
+            self.profile.exposed,
+            self.profile.traffic,
+            self.slack,
+        ]
+
+
+_TILE = 128  # rows of a kernel's query tile: chunks of whole tiles leave no ragged ones

@@ -1,0 +1,198 @@
+"""What does one rank need to know? `Plan`: layouts, stages and slices as plain tensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_attention.plan.config import PlanConfig
+
+
+def _mark(t: Tensor) -> Tensor:
+    """Dim 0 depends on the mask: a compiled function must never specialise on it."""
+    torch._dynamo.decorators.mark_unbacked(t, 0)
+    return t
+
+
+class _Tables:
+    """A frozen dataclass of tensors, compared by content, whose mask-dependent tensors stay marked wherever they go."""
+
+    _unbacked: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self._unbacked:
+            _mark(getattr(self, name))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Marks are attributes of the tensor object: they are lost between processes.
+        self.__dict__.update(state)
+        for name in self._unbacked:
+            _mark(getattr(self, name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def _parts(self) -> Iterator[object]:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, _Tables):
+                    yield from item._parts()
+                else:
+                    yield item
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Name of the content: equal for equal plans, on every rank and in every process."""
+        content = hashlib.blake2b(digest_size=16)
+        for part in self._parts():
+            if isinstance(part, Tensor):
+                content.update(repr((tuple(part.shape), part.dtype)).encode())
+                content.update(part.cpu().contiguous().numpy().tobytes())
+            else:
+                content.update(repr(part).encode())
+        return content.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self is other or self.digest == other.digest  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(_Tables):
+    """Where the rows of one sequence live. Local row s * chunk + i of a rank is row i of the chunk in its slot s.
+
+    Attributes:
+        total: rows of the whole sequence.
+        chunk: rows of a chunk; the last chunk of the sequence may be shorter.
+        world_size, rank: as given to `build_plan`.
+        rows: rows of the local tensors, padding included; the same on all ranks.
+        num_owned: rows of this rank without padding. They are the first ones.
+        chunks: int32 [world_size, slots], on the CPU: chunk ids of every rank, ascending, then -1 for padding.
+        ranges: int32 [m, 2], global row ranges of this rank's rows in local order, without padding.
+    """
+
+    total: int
+    chunk: int
+    world_size: int
+    rank: int
+    rows: int
+    num_owned: int
+    chunks: Tensor
+    ranges: Tensor
+
+    _unbacked = ("ranges",)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage(_Tables):
+    """One step of communication and what is computed with it.
+
+    The key buffer of a stage holds the received rows by source rank, each source's rows ascending.
+
+    Attributes:
+        slices: int32 [n, 6], local query rows x rows of the key buffer.
+        send_ranges: int32 [m, 2], own key rows to send, by destination rank, ascending within.
+        splits: int64 [2, world_size], always on the CPU: rows to send to and to receive from each rank.
+        recv_rows, send_rows: int32 [n, 0], carry the two row counts as shapes.
+    """
+
+    slices: Tensor
+    send_ranges: Tensor
+    splits: Tensor
+    recv_rows: Tensor
+    send_rows: Tensor
+
+    _unbacked = ("slices", "send_ranges", "recv_rows", "send_rows")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(_Tables):
+    """All that one rank needs to know to attend its rows under one mask. A value: frozen, hashable, picklable.
+
+    Attributes:
+        q_layout, k_layout: where query rows and keys live; one object for self-attention.
+        slices: int32 [n, 6], local query rows x own key rows (stage 0: needs no communication).
+        stages: the remote stages; their number is `config.stages`.
+        config: as given to `build_plan`.
+        statistics: int64 [world_size, 2 + stages], on the CPU: of every rank the allowed cells, the key rows it
+            receives, and those of each stage.
+    """
+
+    q_layout: Layout
+    k_layout: Layout
+    slices: Tensor
+    stages: tuple[Stage, ...]
+    config: PlanConfig
+    statistics: Tensor
+
+    _unbacked = ("slices",)
+
+    @property
+    def world_size(self) -> int:
+        return self.q_layout.world_size
+
+    @property
+    def rank(self) -> int:
+        return self.q_layout.rank
+
+    @property
+    def area(self) -> Tensor:
+        """int64 [world_size], allowed cells of each rank."""
+        return self.statistics[:, 0]
+
+    @property
+    def remote_rows(self) -> Tensor:
+        """int64 [world_size], key rows that each rank receives."""
+        return self.statistics[:, 1]
+
+    @property
+    def stage_rows(self) -> Tensor:
+        """int64 [world_size, stages], key rows that each rank receives in each stage."""
+        return self.statistics[:, 2:]
+
+    @property
+    def imbalance(self) -> float:
+        """Area of the busiest rank over that of the average one; 1.0 for an empty mask."""
+        total = int(self.area.sum())
+        return int(self.area.max()) * self.world_size / total if total else 1.0
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan with its tables on `device`, moved in one copy. Split sizes and statistics stay on the CPU."""
+        device = torch.device(device)
+        layouts = [self.q_layout] if self.k_layout is self.q_layout else [self.q_layout, self.k_layout]
+        tables = [layout.ranges for layout in layouts] + [self.slices]
+        for stage in self.stages:
+            tables += [stage.slices, stage.send_ranges, stage.recv_rows, stage.send_rows]
+        moved = iter(_move(tables, device))
+        new_layouts = [_replace(layout, ranges=next(moved)) for layout in layouts]
+        slices = next(moved)
+        stages = tuple(Stage(next(moved), next(moved), stage.splits, next(moved), next(moved)) for stage in self.stages)
+        return Plan(new_layouts[0], new_layouts[-1], slices, stages, self.config, self.statistics)
+
+
+def _replace(layout: Layout, **changes: Any) -> Layout:
+    return Layout(**{**layout.__getstate__(), **changes})
+
+
+def _move(tables: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tables copied through one packed buffer; each gets a storage of its own (views would be guarded by offset)."""
+    packed = torch.cat([t.flatten() for t in tables])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    packed = packed.to(device, non_blocking=True)
+    out = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in tables]
+    filled = [(t, piece) for t, piece in zip(out, packed.split([t.numel() for t in tables])) if t.numel()]
+    if filled:
+        torch._foreach_copy_([t for t, _ in filled], [piece.view_as(t) for t, piece in filled])
+    return out
