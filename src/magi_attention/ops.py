@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.mask import Mask, slice_areas
 
-__all__ = ["accumulation_dtype", "flex_attend", "sink_gradient"]
+__all__ = ["accumulation_dtype", "flex_attend", "raise_if_grad", "sink_gradient"]
 
 
 def _load(library: str) -> None:
@@ -49,13 +49,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _raise_if_grad(op: torch._ops.OpOverload, instead: str) -> None:
+def raise_if_grad(op: torch._ops.OpOverload, instead: str) -> None:
     """Makes a raw kernel refuse inputs that require a gradient, which it would otherwise lose silently."""
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for name, value in [*zip((a.name for a in op._schema.arguments), args), *kwargs.items()]:
-                if name != "after" and isinstance(value, Tensor) and value.requires_grad:
+                tensors = value if isinstance(value, list) else [value]
+                if name != "after" and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
                     raise RuntimeError(
                         f"{op.name()} is a raw kernel and not differentiable, but {name} requires a gradient: {instead}"
                     )
@@ -200,7 +201,7 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 torch.library.register_autograd("magi::ffa.slices", _ffa_backward, setup_context=_ffa_setup_context)
 
 for _op in (_ops.ffa_fwd.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
-    _raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
+    raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
 
 
 def _area(q: Tensor, k: Tensor, slices: Tensor) -> int:
