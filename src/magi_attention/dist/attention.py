@@ -41,8 +41,7 @@ class _Attend(torch.autograd.Function):
                 keys[..., : k.shape[2]],
                 keys[..., k.shape[2] :],
                 stages[s - 1].slices if s > 0 else plan.slices,
-                # Once, and last: by then every row that has a key has one here or in lse_prev.
-                sink=sink if last else None,
+                sink=sink if last else None,  # once
                 out_prev=out,
                 lse_prev=lse,
                 softmax_scale=softmax_scale,
@@ -169,8 +168,8 @@ def attend(
     Returns:
         out `[rows of q, heads, v_dim]` in the dtype of q, and lse `[rows of q, heads]`, the natural log of the softmax
         denominator (sink included), float32 (float64 for float64 q). Rows without keys, padding among them, have out 0
-        and lse -inf. Gradients flow through both. Those of q, k and v are complete; that of sink is this rank's part
-        ("partial"): the sum over the ranks is the gradient.
+        and lse -inf, or that of the sink. Gradients flow through both outputs. Those of q, k and v are complete; that
+        of sink is this rank's part ("partial"): the sum over the ranks is the gradient.
 
     Raises:
         ValueError: an argument disagrees with the plan, the mesh or the others; before anything is sent.

@@ -14,6 +14,7 @@ over the ranks, with parameters whose gradients the ranks add up (FSDP, DDP), wa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -114,8 +115,7 @@ def roll(x: Tensor, shift: int, plan: Plan | Layout, mesh: Mesh) -> Tensor:
     layout = _layout(plan)
     check_group(layout, mesh)
     check_rows("x", x, layout)
-    tables = layout.chunks, layout.chunks, layout.chunk, layout.chunk
-    return _Move.apply(x, *tables, layout.total, shift, layout.rank, group_name(mesh))
+    return _Move.apply(x, layout, layout, layout.total, shift, layout.rank, group_name(mesh))
 
 
 # ---- the whole sequence on every rank --------------------------------------------------------------------------------
@@ -262,20 +262,28 @@ def _(x, source, target, source_chunk, target_chunk, total, shift, rank, group):
     return x.new_empty((target.shape[1] * target_chunk, *x.shape[1:]))
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """One block of neighbouring rows per rank, described like a `Layout`."""
+
+    chunk: int
+    chunks: Tensor
+
+
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, source, target, source_chunk, target_chunk, total, shift, rank, group):
-        ctx.save_for_backward(source, target)
-        ctx.rest = source_chunk, target_chunk, total, shift, rank, group
+    def forward(ctx, x, source, target, total, shift, rank, group):
+        ctx.source, ctx.target = source, target
+        ctx.total, ctx.shift, ctx.rank, ctx.group = total, shift, rank, group
         ctx.rows = x.shape[0]
-        return _ops.move_rows(x, source, target, source_chunk, target_chunk, total, shift, rank, group)
+        return _ops.move_rows(x, source.chunks, target.chunks, source.chunk, target.chunk, total, shift, rank, group)
 
     @staticmethod
     def backward(ctx, dy):
-        source, target = ctx.saved_tensors
-        source_chunk, target_chunk, total, shift, rank, group = ctx.rest
-        dx = _ops.move_rows(dy, target, source, target_chunk, source_chunk, total, -shift, rank, group)
-        return dx[: ctx.rows], *[None] * 8
+        source, target = ctx.source, ctx.target
+        back = ctx.total, -ctx.shift, ctx.rank, ctx.group
+        dx = _ops.move_rows(dy, target.chunks, source.chunks, target.chunk, source.chunk, *back)
+        return dx[: ctx.rows], None, None, None, None, None, None
 
 
 def _dispatch_shards(x: DTensor, layout: Layout, mesh: Mesh) -> Tensor:
@@ -288,11 +296,10 @@ def _dispatch_shards(x: DTensor, layout: Layout, mesh: Mesh) -> Tensor:
         raise ValueError(f"x must have the sequence's {layout.total} rows, got {list(x.shape)}")
     local = x.to_local()
     _check_device("x", local, layout)
-    block = max(1, -(-layout.total // layout.world_size))
-    blocks = torch.arange(layout.world_size, dtype=torch.int32)[:, None]
-    return _Move.apply(
-        local, blocks, layout.chunks, block, layout.chunk, layout.total, 0, layout.rank, group_name(mesh)
-    )
+    # A last shard may be short, or empty: the rows it lacks are none of the sequence's.
+    ranks = torch.arange(layout.world_size, dtype=torch.int32)
+    blocks = _Blocks(max(1, -(-layout.total // layout.world_size)), ranks[:, None])
+    return _Move.apply(local, blocks, layout, layout.total, 0, layout.rank, group_name(mesh))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
