@@ -11,7 +11,7 @@
 namespace magi::plan {
 namespace {
 
-constexpr CostModel kCost{2.7e-11, 1.1e-8, 0.05, 0.1, 0.01};
+constexpr CostModel kCost{2.7e-11, 1.1e-8, 1e-6, 0.05, 0.1, 0.01};
 
 Grid grid_of(int total, int chunk, int world) {
     const int slots = std::max(1, (total + chunk * world - 1) / (chunk * world));
@@ -61,7 +61,7 @@ void check_plan(const std::vector<Slice>& mask, const Grid& q_grid, const Owners
     add(expected, mask, all_q, all_k);
 
     std::vector<Tables> tables;
-    for (int r = 0; r < world; ++r) tables.push_back(make_tables(mask, q_grid, q, k_grid, k, r, stages));
+    for (int r = 0; r < world; ++r) tables.push_back(make_tables(mask, q_grid, q, k_grid, k, r, stages, kCost));
     for (int r = 0; r < world; ++r) {
         const Tables& mine = tables[r];
         const std::vector<int> rows = rows_of(mine.q_ranges), own = rows_of(mine.k_ranges);
@@ -123,7 +123,7 @@ TEST(Tables, NeighbouringChunksMakeOneSlice) {
     const std::vector<Slice> mask = {{0, 1024, 0, 1024, -63, 0}};
     Ownership chunks(64);
     std::iota(chunks.begin(), chunks.end(), 0);
-    for (int r = 0; r < 2; ++r) EXPECT_EQ(make_tables(mask, grid, chunks, grid, chunks, r, 1).slices.size(), 1u);
+    for (int r = 0; r < 2; ++r) EXPECT_EQ(make_tables(mask, grid, chunks, grid, chunks, r, 1, kCost).slices.size(), 1u);
 }
 
 TEST(Ownership, BadTablesAreRefused) {

@@ -1,7 +1,11 @@
 """A plan computes each allowed cell exactly once, moves each needed row exactly once, and all ranks agree."""
 
 import itertools
+import json
 import pickle
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magi_attention.mask import Mask
-from magi_attention.plan import Plan, PlanCache, PlanConfig, build_plan
+from magi_attention.plan import HardwareProfile, Plan, PlanCache, PlanConfig, build_plan, choose_stages, survey
 
 
 def rows_of(ranges: Tensor) -> Tensor:
@@ -192,3 +196,78 @@ def test_overlap_is_found(rows: list[tuple[int, ...]]) -> None:
 def test_area_of_slices() -> None:
     mask = MASKS["windows with global tokens"]
     assert torch.ops.magi.slices_area(mask.slices).sum() == mask.dense().sum()
+
+
+def test_layouts_can_serve_several_masks() -> None:
+    window, causal = Mask.sliding_window(300, 20, 0), Mask.causal(300)
+    first = plan_all(causal, 4, PlanConfig(chunk=16))
+    plans = [build_plan(window, world_size=4, rank=r, layout_of=first[r]) for r in range(4)]
+    for plan, base in zip(plans, first):
+        assert plan.q_layout is base.q_layout
+        assert plan != base
+    assert sum(int(plan.area[plan.rank]) for plan in plans) == window.area()
+    with pytest.raises(ValueError, match="layout_of must have world_size, total_q, total_k"):
+        build_plan(Mask.causal(301), world_size=4, rank=0, layout_of=first[0])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_survey_agrees_with_every_rank(name: str) -> None:
+    config = PlanConfig(chunk=8, stages=2)
+    plans, overview = plan_all(MASKS[name], 4, config), survey(MASKS[name], world_size=4, config=config)
+    assert overview.imbalance == pytest.approx(plans[0].imbalance)
+    assert torch.equal(overview.remote_rows, plans[0].remote_rows)
+    for plan in plans:
+        assert torch.equal(overview.rows[:, plan.rank], torch.stack([s.splits[0] for s in plan.stages]))
+        assert torch.equal(overview.rows[:, :, plan.rank], torch.stack([s.splits[1] for s in plan.stages]))
+        parts = [plan.slices] + [s.slices for s in plan.stages]
+        assert overview.pieces[plan.rank].tolist() == [len(part) for part in parts]
+        assert overview.areas[plan.rank].tolist() == [int(torch.ops.magi.slices_area(part).sum()) for part in parts]
+
+
+def test_timeline_waits_for_what_it_computes_with() -> None:
+    overview = survey(Mask.causal(4096), world_size=4, config=PlanConfig(stages=3))
+    for spans in overview.timeline():
+        arrived = {span.stage: span.end for span in spans if span.kind == "receive"}
+        computes = [span for span in spans if span.kind == "compute"]
+        assert [span.stage for span in computes] == [0, 1, 2, 3]
+        for before, after in itertools.pairwise(computes):
+            assert after.begin == max(before.end, arrived[after.stage])
+    assert overview.step_time == max(spans[-1].end for spans in overview.timeline())
+
+
+def test_stages_are_chosen_by_predicted_time() -> None:
+    slow = PlanConfig(profile=HardwareProfile(flops=600e12, bandwidth=20e9, launch=1e-6))
+    masks = [Mask.causal(65536)]
+    chosen = choose_stages(masks, world_size=8, config=slow)
+    times = [survey(masks[0], world_size=8, config=slow.replace(stages=s)).step_time for s in range(1, 7)]
+    assert times[chosen - 1] == min(times) < times[0]
+
+
+def test_drawing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    mask = MASKS["documents"]
+    build_plan(mask, world_size=4, rank=1).draw(mask, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    survey(MASKS["cross attention"], world_size=20).draw(tmp_path / "plan.svg")
+    assert b"<svg" in (tmp_path / "plan.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "causal",
+        {"cu_seqlens": [0, 100, 512], "causal": False},
+        {"q_ranges": [[0, 4]], "k_ranges": [[0, 4]], "types": ["causal"]},
+        {"slices": [[0, 4, 0, 4, -1, 0]], "total_q": 4, "total_k": 4},
+    ],
+)
+def test_command_prints_the_table(
+    mask: str | dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if isinstance(mask, dict):
+        (tmp_path / "mask.json").write_text(json.dumps(mask))
+        mask = str(tmp_path / "mask.json")
+    monkeypatch.setattr(sys, "argv", ["plan", mask, "--total", "4096", "--world-size", "2", "--stages", "0"])
+    runpy.run_module("magi_attention.plan", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "area imbalance" in printed and "remote rows, worst rank" in printed

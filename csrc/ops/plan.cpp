@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 
 #include "ops/checks.h"
@@ -43,6 +44,11 @@ plan::Grid check_grid(const std::vector<int64_t>& grid, const char* name) {
     return {static_cast<int>(total), static_cast<int>(chunk), static_cast<int>(world), static_cast<int>(slots)};
 }
 
+plan::CostModel check_cost(const std::vector<double>& cost) {
+    MAGI_CHECK(cost.size() == 6, "cost must be [cell, row, launch, exposed, traffic, slack], got ", cost.size(), " numbers");
+    return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5]};
+}
+
 std::span<const int> check_chunks(const Tensor& chunks, const plan::Grid& grid, const char* name) {
     check_shape(chunks, {grid.world, grid.slots}, name, "[world_size, slots]");
     const std::span<const int> table(static_cast<const int*>(chunks.data_ptr()), static_cast<size_t>(grid.num_slots()));
@@ -79,26 +85,45 @@ Tensor slices_overlap(const Tensor& slices) {
 
 Tensor plan_ownership(const Tensor& slices, std::vector<int64_t> q_grid, int64_t total_k, std::vector<double> cost) {
     const plan::Grid grid = check_grid(q_grid, "q_grid");
-    MAGI_CHECK(cost.size() == 5, "cost must be [cell, row, exposed, traffic, slack], got ", cost.size(), " numbers");
     const Tensor table = check_host_slices(slices, grid.total, total_k);
-    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, {cost[0], cost[1], cost[2], cost[3], cost[4]});
+    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, check_cost(cost));
     Tensor out = new_empty(slices, {grid.world, grid.slots}, ScalarType::Int);
     std::copy(chunks.begin(), chunks.end(), static_cast<int*>(out.data_ptr()));
     return out;
 }
 
+// A mask whose rows and keys have owners.
+struct PlanCall {
+    plan::Grid q, k;
+    Tensor slices, q_chunks, k_chunks;
+    std::span<const int> q_owned, k_owned;
+    int stages;
+    plan::CostModel cost;
+
+    plan::Tables tables(int rank) const { return plan::make_tables(span_of(slices), q, q_owned, k, k_owned, rank, stages, cost); }
+};
+
+PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, const std::vector<int64_t>& q_grid,
+                    const std::vector<int64_t>& k_grid, int64_t stages, const std::vector<double>& cost) {
+    PlanCall call{check_grid(q_grid, "q_grid"), check_grid(k_grid, "k_grid"), {}, {}, {}, {}, {}, static_cast<int>(stages), check_cost(cost)};
+    MAGI_CHECK(call.q.world == call.k.world, "k_grid must have the world_size of q_grid, ", call.q.world, ", got ", call.k.world);
+    MAGI_CHECK(1 <= stages && stages <= 64, "stages must be in [1, 64], got ", stages);
+    call.slices = check_host_slices(slices, call.q.total, call.k.total);
+    call.q_chunks = check_table(q_chunks, call.q.slots, "q_chunks");
+    call.k_chunks = check_table(k_chunks, call.k.slots, "k_chunks");
+    call.q_owned = check_chunks(call.q_chunks, call.q, "q_chunks");
+    call.k_owned = check_chunks(call.k_chunks, call.k, "k_chunks");
+    return call;
+}
+
 // q_ranges, k_ranges, slices, statistics [world, 2 + stages] (area, remote rows, rows of each stage); then for each stage slices,
 // send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
 std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
-                                std::vector<int64_t> k_grid, int64_t rank, int64_t stages) {
-    const plan::Grid q = check_grid(q_grid, "q_grid"), k = check_grid(k_grid, "k_grid");
-    MAGI_CHECK(q.world == k.world, "k_grid must have the world_size of q_grid, ", q.world, ", got ", k.world);
+                                std::vector<int64_t> k_grid, int64_t rank, int64_t stages, std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    const plan::Grid& q = call.q;
     MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
-    MAGI_CHECK(1 <= stages && stages <= 64, "stages must be in [1, 64], got ", stages);
-    const Tensor table = check_host_slices(slices, q.total, k.total);
-    const Tensor q_table = check_table(q_chunks, q.slots, "q_chunks"), k_table = check_table(k_chunks, k.slots, "k_chunks");
-    const plan::Tables tables = plan::make_tables(span_of(table), q, check_chunks(q_table, q, "q_chunks"), k,
-                                                  check_chunks(k_table, k, "k_chunks"), static_cast<int>(rank), static_cast<int>(stages));
+    const plan::Tables tables = call.tables(static_cast<int>(rank));
     std::vector<int64_t> statistics;
     for (int r = 0; r < q.world; ++r) {
         statistics.insert(statistics.end(), {tables.ranks[r].area, tables.ranks[r].remote});
@@ -116,6 +141,31 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     return out;
 }
 
+// What every rank's tables say together: rows from source to destination in each stage, int64 [stages, world, world]; allowed cells
+// that each rank computes in each stage, its own keys first, int64 [world, 1 + stages]; number of slices likewise.
+std::tuple<Tensor, Tensor, Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
+                                                 std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t stages,
+                                                 std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    const int64_t world = call.q.world;
+    std::vector<int64_t> rows(stages * world * world), areas(world * (1 + stages)), pieces(world * (1 + stages));
+    const auto total_area = [](const std::vector<Slice>& part) {
+        return std::accumulate(part.begin(), part.end(), int64_t{0}, [](int64_t sum, const Slice& s) { return sum + area(s); });
+    };
+    for (int64_t r = 0; r < world; ++r) {
+        const plan::Tables tables = call.tables(static_cast<int>(r));
+        areas[r * (1 + stages)] = total_area(tables.slices);
+        pieces[r * (1 + stages)] = static_cast<int64_t>(tables.slices.size());
+        for (int64_t s = 0; s < stages; ++s) {
+            areas[r * (1 + stages) + 1 + s] = total_area(tables.stages[s].slices);
+            pieces[r * (1 + stages) + 1 + s] = static_cast<int64_t>(tables.stages[s].slices.size());
+            std::copy_n(tables.stages[s].splits.begin(), world, rows.begin() + (s * world + r) * world);
+        }
+    }
+    return {longs_of(slices, rows, {stages, world, world}), longs_of(slices, areas, {world, 1 + stages}),
+            longs_of(slices, pieces, {world, 1 + stages})};
+}
+
 }  // namespace
 }  // namespace magi
 
@@ -124,8 +174,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def("slices_overlap(Tensor slices) -> Tensor");
     m.def("plan_ownership(Tensor slices, int[] q_grid, int total_k, float[] cost) -> Tensor");
     m.def(
-        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages) "
+        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages, float[] cost) "
         "-> Tensor[]");
+    m.def(
+        "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int stages, float[] cost) "
+        "-> (Tensor rows, Tensor areas, Tensor pieces)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
@@ -133,4 +186,5 @@ STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("slices_overlap", TORCH_BOX(&magi::slices_overlap));
     m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
     m.impl("plan_tables", TORCH_BOX(&magi::plan_tables));
+    m.impl("plan_overview", TORCH_BOX(&magi::plan_overview));
 }

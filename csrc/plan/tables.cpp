@@ -1,22 +1,42 @@
 #include "plan/tables.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <tuple>
 
 namespace magi::plan {
 namespace {
 
+// The row ranges of every rank, ascending.
+class RunsByRank {
+public:
+    RunsByRank(const Runs& runs, int world) : offset_(world + 1, 0), ranges_(runs.runs.size()) {
+        for (const Run& run : runs.runs) ++offset_[run.rank + 1];
+        std::partial_sum(offset_.begin(), offset_.end(), offset_.begin());
+        std::vector<int> cursor(offset_);
+        for (const Run& run : runs.runs) ranges_[cursor[run.rank]++] = {run.begin, run.end};
+    }
+
+    std::span<const Range> of(int rank) const { return {ranges_.data() + offset_[rank], ranges_.data() + offset_[rank + 1]}; }
+
+private:
+    std::vector<int> offset_;
+    std::vector<Range> ranges_;
+};
+
 // Needed key ranges of every rank, merged, in one flat table; and the pieces of the mask that one rank computes.
 struct Needs {
     std::vector<int> offset;       // [world + 1]
     std::vector<Range> ranges;
     std::vector<int64_t> area;     // [world]
+    std::vector<int64_t> own;      // [world] the part of it that needs only own keys
     std::vector<Slice> pieces;     // of the one rank: local query rows x global keys
 };
 
-Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, int rank) {
-    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), {}};
+Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
+    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), std::vector<int64_t>(grid.world, 0), {}};
+    const RunsByRank owned(k_runs, grid.world);
     std::vector<std::pair<int, Range>> found;    // in slice order
     found.reserve(slices.size() + q_runs.runs.size());
     for (const Slice& s : slices) {
@@ -27,6 +47,11 @@ Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, int rank) {
             const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
             if (keys.begin >= keys.end) continue;
             out.area[run.rank] += area(piece);
+            const std::span<const Range> own = owned.of(run.rank);
+            auto home = std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
+            for (; home != own.end() && home->begin < keys.end; ++home) {
+                out.own[run.rank] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
+            }
             found.emplace_back(run.rank, keys);
             ++out.offset[run.rank + 1];
             if (run.rank == rank) out.pieces.push_back(shift(piece, run.local - run.begin, 0));
@@ -97,12 +122,33 @@ void simplify(std::vector<Slice>& slices) {
     });
 }
 
-std::vector<Range> ranges_of(const Runs& runs, int rank) {
-    std::vector<Range> out;
-    for (const Run& run : runs.runs) {
-        if (run.rank == rank) out.push_back({run.begin, run.end});
+// Where each stage of a receiver ends, counted in its remote rows. Were every row as much work as any other, stages in a ratio of
+// g would hide the communication of each behind the compute of the one before; the best of a few g is taken.
+void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends) {
+    const int stages = static_cast<int>(ends.size());
+    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};    // growth, shrinkage
+    std::vector<int64_t> trial(stages);
+    std::vector<double> areas(1 + stages), rows(stages);
+    double best = std::numeric_limits<double>::infinity();
+    for (const auto& [growth, shrinkage] : kRatios) {
+        std::vector<int64_t> weight(stages, 1);
+        for (int s = 1; s < stages; ++s) weight[s] = std::min<int64_t>(weight[s - 1] * growth, int64_t{1} << 20);
+        for (int s = stages - 2; s >= 0; --s) weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
+        const int64_t total = std::accumulate(weight.begin(), weight.end(), int64_t{0});
+        int64_t upto = 0;
+        areas[0] = static_cast<double>(own_area);
+        for (int s = 0; s < stages; ++s) {
+            upto += weight[s];
+            trial[s] = remote * upto / total;
+            rows[s] = static_cast<double>(trial[s] - (s > 0 ? trial[s - 1] : 0));
+            areas[1 + s] = remote > 0 ? static_cast<double>(remote_area) * rows[s] / static_cast<double>(remote) : 0;
+        }
+        const double time = cost.staged_time<double>(areas, rows) + cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
+        if (time < best) {
+            best = time;
+            std::copy(trial.begin(), trial.end(), ends.begin());
+        }
     }
-    return out;
 }
 
 }  // namespace
@@ -115,14 +161,15 @@ int64_t StageTables::num_recv() const {
 }
 
 Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
-                   std::span<const int> k_chunks, int rank, int num_stages) {
+                   std::span<const int> k_chunks, int rank, int num_stages, const CostModel& cost) {
     const int world = q_grid.world;
     const Runs q_runs = runs_of(q_grid, q_chunks), k_runs = runs_of(k_grid, k_chunks);
-    const Needs needs = needs_of(slices, q_grid, q_runs, rank);
+    const Needs needs = needs_of(slices, q_grid, q_runs, k_runs, rank);
 
     Tables out;
-    out.q_ranges = ranges_of(q_runs, rank);
-    out.k_ranges = ranges_of(k_runs, rank);
+    const auto ranges_of = [](std::span<const Range> ranges) { return std::vector<Range>(ranges.begin(), ranges.end()); };
+    out.q_ranges = ranges_of(RunsByRank(q_runs, world).of(rank));
+    out.k_ranges = ranges_of(RunsByRank(k_runs, world).of(rank));
     out.ranks.resize(world);
     out.stage_rows.assign(static_cast<size_t>(world) * num_stages, 0);
     out.stages.resize(num_stages);
@@ -130,6 +177,7 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
 
     std::vector<Segment> segments;     // of this rank, in global order
     std::vector<Segment> arriving;     // of one receiver
+    std::vector<int64_t> ends(num_stages);
     for (int receiver = 0; receiver < world; ++receiver) {
         arriving.clear();
         int64_t remote = 0;
@@ -148,6 +196,7 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
         }
         out.ranks[receiver] = {needs.area[receiver], remote};
 
+        divide(remote, needs.own[receiver], needs.area[receiver] - needs.own[receiver], cost, ends);
         int stage = 0;
         int64_t seen = 0;
         for (Segment piece : arriving) {
@@ -156,9 +205,8 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
                 continue;
             }
             while (piece.begin < piece.end) {
-                while (stage + 1 < num_stages && seen >= remote * (stage + 1) / num_stages) ++stage;
-                const int64_t room = stage + 1 < num_stages ? remote * (stage + 1) / num_stages - seen : remote - seen;
-                const int rows = static_cast<int>(std::min<int64_t>(room, piece.end - piece.begin));
+                while (seen >= ends[stage]) ++stage;
+                const int rows = static_cast<int>(std::min<int64_t>(ends[stage] - seen, piece.end - piece.begin));
                 StageTables& tables = out.stages[stage];
                 out.stage_rows[static_cast<size_t>(receiver) * num_stages + stage] += rows;
                 if (piece.source == rank) {

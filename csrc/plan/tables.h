@@ -1,6 +1,7 @@
 // Given who owns what: which rows travel when, and which slices does one rank compute in each stage?
 #pragma once
 
+#include "plan/cost.h"
 #include "plan/grid.h"
 
 namespace magi::plan {
@@ -28,8 +29,9 @@ struct Tables {
 };
 
 // A remote row that any query of a rank needs is received by it exactly once, in exactly one stage; nothing else travels.
-// The stage of a row depends on its receiver alone, so that senders and receivers agree without talking.
+// The stage of a row depends on its receiver alone, so that senders and receivers agree without talking: in global order, the
+// stages grow or shrink geometrically, by the ratio that hides most of this receiver's communication, forward and backward.
 Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
-                   std::span<const int> k_chunks, int rank, int num_stages);
+                   std::span<const int> k_chunks, int rank, int num_stages, const CostModel& cost);
 
 }  // namespace magi::plan

@@ -6,6 +6,18 @@ dataloader worker. The arithmetic is in csrc/plan.
 
 from magi_attention.plan.build import PlanCache, build_plan
 from magi_attention.plan.config import HardwareProfile, PlanConfig
+from magi_attention.plan.overview import Overview, choose_stages, survey
 from magi_attention.plan.tables import Layout, Plan, Stage
 
-__all__ = ["HardwareProfile", "Layout", "Plan", "PlanCache", "PlanConfig", "Stage", "build_plan"]
+__all__ = [
+    "HardwareProfile",
+    "Layout",
+    "Overview",
+    "Plan",
+    "PlanCache",
+    "PlanConfig",
+    "Stage",
+    "build_plan",
+    "choose_stages",
+    "survey",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,6 +30,10 @@ def _grid(total: int, world_size: int, config: PlanConfig) -> list[int]:
     return [total, chunk, world_size, max(1, -(-total // (chunk * world_size)))]
 
 
+def _grid_of(layout: Layout) -> list[int]:
+    return [layout.total, layout.chunk, layout.world_size, layout.chunks.shape[1]]
+
+
 def _layout(grid: list[int], chunks: Tensor, ranges: Tensor, rank: int) -> Layout:
     total, chunk, world_size, slots = grid
     owned = chunks[rank]
@@ -37,25 +42,27 @@ def _layout(grid: list[int], chunks: Tensor, ranges: Tensor, rank: int) -> Layou
     return Layout(total, chunk, world_size, rank, slots * chunk, num_owned, chunks, ranges)
 
 
-def build_plan(mask: MaskLike, *, world_size: int, rank: int, config: PlanConfig | None = None) -> Plan:
-    """The plan of one rank for one mask. Needs no GPU and no process group; all ranks agree without talking.
+@dataclass(frozen=True)
+class PlanArguments:
+    """Checked arguments of one planning call, ownership included."""
 
-    Where the mask has as many keys as rows, query rows and keys share one layout (self-attention); otherwise each has
-    its own.
+    slices: Tensor
+    q_grid: list[int]
+    k_grid: list[int]
+    q_chunks: Tensor
+    k_chunks: Tensor
+    config: PlanConfig
 
-    Args:
-        mask: a `Mask`, or anything with its `slices`, `total_q` and `total_k`; slices must not overlap.
-        world_size, rank: of the context-parallel group.
-        config: see `PlanConfig`.
+    @property
+    def tables(self) -> tuple[object, ...]:
+        """What every op on a mask with owners begins with."""
+        return self.slices, self.q_chunks, self.k_chunks, self.q_grid, self.k_grid
 
-    Raises:
-        ValueError: names the argument that is wrong, before anything is planned.
 
-    Example:
-        >>> plan = build_plan(Mask.causal(4096), world_size=4, rank=0)
-        >>> plan.q_layout.rows, round(plan.imbalance, 3)
-        (1024, 1.0)
-    """
+def plan_arguments(
+    mask: MaskLike, world_size: int, rank: int, config: PlanConfig | None, layout_of: Plan | None
+) -> PlanArguments:
+    """Checks what `build_plan` was given, and decides who owns which rows. ValueError names what is wrong."""
     config = PlanConfig() if config is None else config
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
@@ -66,21 +73,61 @@ def build_plan(mask: MaskLike, *, world_size: int, rank: int, config: PlanConfig
         raise ValueError(
             f"mask.slices must be int32 [n, 6] on the CPU, got {slices.dtype} {list(slices.shape)} on {slices.device}"
         )
+    if layout_of is not None:
+        q, k = layout_of.q_layout, layout_of.k_layout
+        given, expected = (q.world_size, q.total, k.total), (world_size, total_q, total_k)
+        if given != expected:
+            raise ValueError(f"layout_of must have world_size, total_q, total_k = {expected}, got {given}")
+        return PlanArguments(slices, _grid_of(q), _grid_of(k), q.chunks, k.chunks, config)
+
     q_grid, k_grid = _grid(total_q, world_size, config), _grid(total_k, world_size, config)
-    magi = torch.ops.magi
-    q_chunks = magi.plan_ownership(slices, q_grid, total_k, config.costs())
+    assign = torch.ops.magi.plan_ownership
+    q_chunks = assign(slices, q_grid, total_k, config.costs())
     if total_q == total_k:
-        k_chunks = q_chunks
+        return PlanArguments(slices, q_grid, k_grid, q_chunks, q_chunks, config)
+    # Transposed, the keys ask for rows: they are dealt like rows are.
+    q0, q1, k0, k1, lo, hi = slices.unbind(1)
+    transposed = torch.stack([k0, k1, q0, q1, -hi, -lo], dim=1)
+    return PlanArguments(slices, q_grid, k_grid, q_chunks, assign(transposed, k_grid, total_q, config.costs()), config)
+
+
+def build_plan(
+    mask: MaskLike,
+    *,
+    world_size: int,
+    rank: int,
+    config: PlanConfig | None = None,
+    layout_of: Plan | None = None,
+) -> Plan:
+    """The plan of one rank for one mask. Needs no GPU and no process group; all ranks agree without talking.
+
+    Where the mask has as many keys as rows, query rows and keys share one layout (self-attention); otherwise each has
+    its own.
+
+    Args:
+        mask: a `Mask`, or anything with its `slices`, `total_q` and `total_k`; slices must not overlap.
+        world_size, rank: of the context-parallel group.
+        config: see `PlanConfig`.
+        layout_of: a plan whose layouts this one takes over, so that both serve the same dispatched rows (a model whose
+            layers have different masks); by default the layouts are chosen for this mask.
+
+    Raises:
+        ValueError: names the argument that is wrong, before anything is planned.
+
+    Example:
+        >>> plan = build_plan(Mask.causal(4096), world_size=4, rank=0)
+        >>> plan.q_layout.rows, round(plan.imbalance, 3)
+        (1024, 1.0)
+    """
+    call = plan_arguments(mask, world_size, rank, config, layout_of)
+    out = torch.ops.magi.plan_tables(*call.tables, rank, call.config.stages, call.config.costs())
+    if layout_of is not None and layout_of.rank == rank:
+        q_layout, k_layout = layout_of.q_layout, layout_of.k_layout
     else:
-        # Transposed, the keys ask for rows: they are dealt like rows are.
-        q0, q1, k0, k1, lo, hi = slices.unbind(1)
-        transposed = torch.stack([k0, k1, q0, q1, -hi, -lo], dim=1)
-        k_chunks = magi.plan_ownership(transposed, k_grid, total_q, config.costs())
-    out = magi.plan_tables(slices, q_chunks, k_chunks, q_grid, k_grid, rank, config.stages)
-    q_layout = _layout(q_grid, q_chunks, out[0], rank)
-    k_layout = q_layout if total_q == total_k else _layout(k_grid, k_chunks, out[1], rank)
+        q_layout = _layout(call.q_grid, call.q_chunks, out[0], rank)
+        k_layout = q_layout if call.k_chunks is call.q_chunks else _layout(call.k_grid, call.k_chunks, out[1], rank)
     stages = tuple(Stage(*out[i : i + 5]) for i in range(4, len(out), 5))
-    return Plan(q_layout, k_layout, out[2], stages, config, out[3])
+    return Plan(q_layout, k_layout, out[2], stages, call.config, out[3])
 
 
 class PlanCache:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,7 @@ class HardwareProfile:
     Attributes:
         flops: attention kernel rate in floating-point operations a second.
         bandwidth: bytes a second that a rank receives.
+        launch: seconds that a collective, or a stage that computes, takes besides its work.
         exposed: share of the shorter one of compute and communication that is not hidden behind the longer one.
         traffic: worth of communication that does hide, as a share of its time: it still takes memory bandwidth and
             power from other work. It decides between plans that take equally long.
@@ -19,6 +22,7 @@ class HardwareProfile:
 
     flops: float = 600e12
     bandwidth: float = 360e9
+    launch: float = 50e-6
     exposed: float = 0.05
     traffic: float = 0.1
 
@@ -65,6 +69,10 @@ class PlanConfig:
         if not self.slack >= 0:
             raise ValueError(f"slack must be at least 0, got {self.slack}")
 
+    def replace(self, **changes: Any) -> PlanConfig:
+        """A copy with other values for some fields."""
+        return dataclasses.replace(self, **changes)
+
     def chunk_rows(self, total: int, world_size: int) -> int:
         """Rows of a chunk for a sequence of `total` rows."""
         rows = -(-total // world_size)
@@ -75,11 +83,12 @@ class PlanConfig:
         return min(max(rows // 64 // _TILE, 1), 4) * _TILE
 
     def costs(self) -> list[float]:
-        """What the core's cost model takes: seconds of one allowed cell and of one received key row (forward pass,
-        16-bit keys and values), exposed share, traffic share, slack."""
+        """What the core's cost model takes: seconds of one allowed cell, of one received key row (forward pass, 16-bit
+        keys and values) and of a launch; exposed share, traffic share, slack."""
         return [
             4 * self.heads[0] * self.head_dim / self.profile.flops,
             4 * self.heads[1] * self.head_dim / self.profile.bandwidth,
+            self.profile.launch,
             self.profile.exposed,
             self.profile.traffic,
             self.slack,

@@ -6,12 +6,19 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from magi_attention.plan.config import PlanConfig
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.figure import Figure
+
+    from magi_attention.plan.build import MaskLike
 
 
 def _mark(t: Tensor) -> Tensor:
@@ -179,6 +186,18 @@ class Plan(_Tables):
         slices = next(moved)
         stages = tuple(Stage(next(moved), next(moved), stage.splits, next(moved), next(moved)) for stage in self.stages)
         return Plan(new_layouts[0], new_layouts[-1], slices, stages, self.config, self.statistics)
+
+    def draw(self, mask: MaskLike, path: str | os.PathLike[str] | None = None) -> Figure:
+        """This plan's mask by owner, who sends what to whom in each stage, and the predicted timeline of every rank.
+
+        Args:
+            mask: the mask that this plan was built for (a plan holds one rank's share only).
+            path: PNG, SVG or PDF by its ending; nothing is written without.
+        """
+        from magi_attention.plan.overview import survey
+
+        overview = survey(mask, world_size=self.world_size, config=self.config, layout_of=self)
+        return overview.draw(path, mask=mask)
 
 
 def _replace(layout: Layout, **changes: Any) -> Layout:
