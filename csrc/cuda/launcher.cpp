@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 namespace magi::cuda {
@@ -15,7 +16,7 @@ namespace {
 using Result = int;
 using Handle = void*;
 constexpr int kComputeMajor = 75, kComputeMinor = 76, kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_*
-constexpr int kMaxDynamicShared = 8;                                         // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 struct Driver {
     Result (*error_string)(Result, const char**);
@@ -27,22 +28,26 @@ struct Driver {
     Result (*library_load)(Handle*, const void*, void*, void**, unsigned, void*, void**, unsigned);
     Result (*library_kernel)(Handle*, Handle, const char*);
     Result (*kernel_set)(int, int, Handle, int);
-    Result (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**);
+    Result (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
+                     void**);
     Result (*memset8)(unsigned long long, unsigned char, size_t, Handle);
-    Result (*encode_tiled)(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int, int,
-                           int, int);
+    Result (*encode_tiled)(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*,
+                           const uint32_t*, int, int, int, int);
 };
 
 template <class F>
 void load(void* library, const char* name, F& f) {
     f = reinterpret_cast<F>(dlsym(library, name));
-    if (!f) throw std::runtime_error(std::string("magi_attention: the NVIDIA driver has no ") + name + "; version 525 or newer is needed");
+    if (!f)
+        throw std::runtime_error(std::string("magi_attention: the NVIDIA driver has no ") + name +
+                                 "; version 525 or newer is needed");
 }
 
 const Driver& driver() {
     static const Driver d = [] {
         void* lib = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-        if (!lib) throw std::runtime_error(std::string("magi_attention: the NVIDIA driver cannot be opened: ") + dlerror());
+        if (!lib)
+            throw std::runtime_error(std::string("magi_attention: the NVIDIA driver cannot be opened: ") + dlerror());
         Driver d;
         load(lib, "cuGetErrorString", d.error_string);
         load(lib, "cuInit", d.init);
@@ -66,7 +71,8 @@ void check(Result result, const char* call) {
     if (result == 0) return;
     const char* text = nullptr;
     driver().error_string(result, &text);
-    throw std::runtime_error(std::string("magi_attention: ") + call + " failed: " + (text ? text : std::to_string(result)));
+    throw std::runtime_error(std::string("magi_attention: ") + call +
+                             " failed: " + (text ? text : std::to_string(result)));
 }
 
 int attribute(int what, int device) {
@@ -88,7 +94,7 @@ struct Registry {
     std::mutex mutex;
     std::map<std::string, std::string> cubins;  // bytes by variant
     std::map<std::string, Handle> libraries;
-    std::map<std::pair<std::string, int>, Handle> kernels;  // by variant and device
+    std::map<std::tuple<std::string, std::string, int>, Handle> kernels;  // by variant, entry and device
     void (*on_missing)(const char*) = nullptr;
 };
 Registry& registry() {
@@ -102,13 +108,16 @@ void* current_stream(int device) {
     using Get = int (*)(int, void**);
     static const Get get = [] {
         void* lib = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-        if (!lib) throw std::runtime_error("magi_attention: libtorch_cuda.so is not loaded; CUDA tensors need a CUDA build of torch");
+        if (!lib)
+            throw std::runtime_error(
+                "magi_attention: libtorch_cuda.so is not loaded; CUDA tensors need a CUDA build of torch");
         Get f;
         load(lib, "aoti_torch_get_current_cuda_stream", f);
         return f;
     }();
     void* stream = nullptr;
-    if (get(device, &stream) != 0) throw std::runtime_error("magi_attention: torch has no current stream for this device");
+    if (get(device, &stream) != 0)
+        throw std::runtime_error("magi_attention: torch has no current stream for this device");
     return stream;
 }
 
@@ -128,9 +137,10 @@ void check_hopper(int device) {
     if (known.count(device)) return;
     const int major = attribute(kComputeMajor, device), minor = attribute(kComputeMinor, device);
     if (major != 9 || minor != 0)
-        throw std::runtime_error("magi_attention: the CUDA kernels need a Hopper GPU (compute capability 9.0), device " +
-                                 std::to_string(device) + " has " + std::to_string(major) + "." + std::to_string(minor) +
-                                 "; move the tensors to the CPU, or use magi_attention.reference for debugging");
+        throw std::runtime_error(
+            "magi_attention: the CUDA kernels need a Hopper GPU (compute capability 9.0), device " +
+            std::to_string(device) + " has " + std::to_string(major) + "." + std::to_string(minor) +
+            "; move the tensors to the CPU, or use magi_attention.reference for debugging");
     known[device] = true;
 }
 
@@ -138,7 +148,7 @@ void* kernel(const std::string& variant, const char* entry, int device, unsigned
     Registry& r = registry();
     ensure_context(device);
     std::unique_lock lock(r.mutex);
-    if (auto at = r.kernels.find({variant, device}); at != r.kernels.end()) return at->second;
+    if (auto at = r.kernels.find({variant, entry, device}); at != r.kernels.end()) return at->second;
     if (!r.cubins.count(variant) && r.on_missing) {
         lock.unlock();  // the hook registers the cubin
         check_hopper(device);
@@ -147,20 +157,24 @@ void* kernel(const std::string& variant, const char* entry, int device, unsigned
     }
     const auto cubin = r.cubins.find(variant);
     if (cubin == r.cubins.end())
-        throw std::runtime_error("magi_attention: kernel " + variant + " is not compiled; run `python -m magi_attention.jit build`");
+        throw std::runtime_error("magi_attention: kernel " + variant +
+                                 " is not compiled; run `python -m magi_attention.jit build`");
     Handle& library = r.libraries[variant];
     if (!library)
-        check(driver().library_load(&library, cubin->second.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData");
+        check(driver().library_load(&library, cubin->second.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+              "cuLibraryLoadData");
     Handle kernel = nullptr;
     check(driver().library_kernel(&kernel, library, entry), "cuLibraryGetKernel");
-    if (smem > 48 * 1024) check(driver().kernel_set(kMaxDynamicShared, (int)smem, kernel, device), "cuKernelSetAttribute");
-    return r.kernels[{variant, device}] = kernel;
+    if (smem > 48 * 1024)
+        check(driver().kernel_set(kMaxDynamicShared, (int)smem, kernel, device), "cuKernelSetAttribute");
+    return r.kernels[{variant, entry, device}] = kernel;
 }
 
 void launch_raw(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const void* args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     void* params[] = {const_cast<void*>(args)};
-    check(driver().launch(kernel, grid.x, grid.y, grid.z, threads, 1, 1, smem, stream, params, nullptr), "cuLaunchKernel");
+    check(driver().launch(kernel, grid.x, grid.y, grid.z, threads, 1, 1, smem, stream, params, nullptr),
+          "cuLaunchKernel");
 }
 
 void zero(void* data, size_t bytes, void* stream) {
@@ -168,24 +182,27 @@ void zero(void* data, size_t bytes, void* stream) {
 }
 
 bool can_map(const Heads& t) {
-    const auto aligned = [](int64_t elements) { return elements > 0 && elements % 8 == 0 && elements < (int64_t(1) << 39); };
+    const auto aligned = [](int64_t elements) {
+        return elements > 0 && elements % 8 == 0 && elements < (int64_t(1) << 39);
+    };
     return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && aligned(t.row_stride) && aligned(t.head_stride);
 }
 
 TensorMap heads_map(Dtype dtype, const Heads& t, int num_rows, int num_heads, int dim, int box_rows) {
-    constexpr int kFloat16 = 6, kBfloat16 = 9, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3, kZeroFill = 0;  // CU_TENSOR_MAP_*
+    constexpr int kFloat16 = 6, kBfloat16 = 9, kNoInterleave = 0, kSwizzle128 = 3, kPromote256 = 3,
+                  kZeroFill = 0;  // CU_TENSOR_MAP_*
     TensorMap map;
     const uint64_t dims[] = {(uint64_t)dim, (uint64_t)num_heads, (uint64_t)num_rows};
     const uint64_t strides[] = {2 * (uint64_t)t.head_stride, 2 * (uint64_t)t.row_stride};
     const uint32_t box[] = {64, 1, (uint32_t)box_rows}, steps[] = {1, 1, 1};
-    check(driver().encode_tiled(&map, dtype == Dtype::kBF16 ? kBfloat16 : kFloat16, 3, t.data, dims, strides, box, steps, kNoInterleave,
-                                kSwizzle128, kPromote256, kZeroFill),
+    check(driver().encode_tiled(&map, dtype == Dtype::kBF16 ? kBfloat16 : kFloat16, 3, t.data, dims, strides, box,
+                                steps, kNoInterleave, kSwizzle128, kPromote256, kZeroFill),
           "cuTensorMapEncodeTiled");
     return map;
 }
 
-TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows, int step, bool transposed,
-                      int device, void* stream) {
+TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows,
+                      int step, bool transposed, int device, void* stream) {
     const TileTable table = table_over(workspace, transposed ? num_k : num_q, tile_rows, step, num_slices);
     void* builder = kernel("tiles", "tiles", device, 0);
     zero(table.header, sizeof(TileHeader), stream);
@@ -197,7 +214,8 @@ TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int 
 }  // namespace magi::cuda
 
 // The door for jit.py (ctypes): compiled code comes in by name, and a hook is called for a name that is missing.
-extern "C" __attribute__((visibility("default"))) void magi_cuda_add_cubin(const char* variant, const void* bytes, size_t size) {
+extern "C" __attribute__((visibility("default"))) void magi_cuda_add_cubin(const char* variant, const void* bytes,
+                                                                           size_t size) {
     auto& r = magi::cuda::registry();
     const std::lock_guard lock(r.mutex);
     r.cubins.try_emplace(variant, static_cast<const char*>(bytes), size);

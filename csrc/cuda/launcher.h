@@ -1,5 +1,5 @@
-// How does host code reach the GPU? Kernels by variant name, launches, tensor maps and streams over the driver API, which is
-// opened at run time: nothing of CUDA is needed to build or to load this library.
+// How does host code reach the GPU? Kernels by variant name, launches, tensor maps and streams over the driver API,
+// which is opened at run time: nothing of CUDA is needed to build or to load this library.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,9 @@ int num_sms(int device);
 // Throws unless the device runs sm_90a code.
 void check_hopper(int device);
 
-// The kernel `entry` of a compiled variant (jit.py lists them), loaded once and ready for `smem` bytes of dynamic shared memory on
-// this device. A variant that is not registered is compiled by the hook that jit.py sets; without it the error names the command.
+// The kernel `entry` of a compiled variant (jit.py lists them), loaded once and ready for `smem` bytes of dynamic
+// shared memory on this device. A variant that is not registered is compiled by the hook that jit.py sets; without it
+// the error names the command.
 void* kernel(const std::string& variant, const char* entry, int device, unsigned smem);
 
 struct Grid {
@@ -31,13 +32,14 @@ void launch(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stre
 }
 void zero(void* data, size_t bytes, void* stream);
 
-// Boxes of box_rows x 64 elements of one head, 128-byte swizzle. 2-byte dtypes; data 16-byte aligned, strides multiples of 16 bytes.
+// Boxes of box_rows x 64 elements of one head, 128-byte swizzle. 2-byte dtypes; data 16-byte aligned, strides multiples
+// of 16 bytes.
 TensorMap heads_map(Dtype dtype, const Heads& t, int num_rows, int num_heads, int dim, int box_rows);
 // Whether heads_map can describe it.
 bool can_map(const Heads& t);
 
 // Queues the build of a tile table (kernels/tiles.cuh) over workspace (table_bytes, 64-byte aligned).
-TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows, int step, bool transposed,
-                      int device, void* stream);
+TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows,
+                      int step, bool transposed, int device, void* stream);
 
 }  // namespace magi::cuda

@@ -10,24 +10,85 @@ struct alignas(64) TensorMap {  // encoded by the driver; opaque
     char bytes[128];
 };
 
+// The shape of the forward's work, known to both sides: a tile of rows against steps of keys, streamed through a ring.
+constexpr int kForwardRows = 128, kForwardKeys = 128, kForwardStages = 2;
+MAGI_HD constexpr unsigned forward_smem(int head_dim) {
+    return 2 * head_dim * (kForwardRows + 2 * kForwardStages * kForwardKeys) +
+           2048;  // q, k, v; barriers, steps, alignment
+}
+
 // ffa_fwd.cu. Tensor maps are [rows, heads, dim]; strides in elements.
 struct ForwardArgs {
     TensorMap q, k, v;
-    TileTable table;       // tile_rows and step as compiled into the variant
-    const Slice* slices;   // for tiles that overflowed the table's pool
+    TileTable table;      // tile_rows and step as compiled into the variant
+    const Slice* slices;  // for tiles that overflowed the table's pool
     int num_slices;
     int num_q, num_k, num_heads, heads_per_kv, v_dim;
-    int section_heads;     // heads worked on together, so that their keys and values stay in L2
+    int section_heads;  // heads worked on together, so that their keys and values stay in L2
     void* out;
     long long out_row_stride, out_head_stride;
     int out_is_float;
-    float* lse;            // [num_q, num_heads]
-    const float* sink;     // [num_sinks, num_heads]
+    float* lse;         // [num_q, num_heads]
+    const float* sink;  // [num_sinks, num_heads]
     int num_sinks;
-    const float* out_prev; // [num_q, num_heads, v_dim] or null
+    const float* out_prev;  // [num_q, num_heads, v_dim] or null
     const float* lse_prev;
-    float scale_log2;      // softmax_scale * log2(e); variants with a transform use the next two instead
+    float scale_log2;  // softmax_scale * log2(e); variants with a transform use the next two instead
     float scale, softcap;
 };
+
+// rows.cu: memory-bound row movement. Ranges are [num_ranges, 2] begin, end.
+struct RowRange {
+    int begin, end;
+};
+enum ElementType { kElementF16, kElementBF16, kElementF32 };
+
+struct GatherArgs {
+    const char* src;
+    char* dst;
+    const RowRange* ranges;
+    const long long*
+        first;  // [num_ranges + 1] running sum of their lengths; null: few ranges, each block sums for itself
+    int num_ranges;
+    long long total;  // rows of dst
+    long long row_bytes;
+};
+struct ScanArgs {
+    const RowRange* ranges;
+    long long* first;
+    int num_ranges;
+};
+struct ScatterArgs {
+    const void* src;
+    void* dst;
+    const RowRange* ranges;
+    const long long* first;  // as above
+    int num_ranges;
+    long long num_rows, row_elements;
+    int type, mean;  // type: ElementType
+};
+struct MergeArgs {
+    const void *out_a, *out_b;
+    const float *lse_a, *lse_b;
+    void* out;
+    float* lse;
+    long long num_rows;  // tokens * heads
+    int dim, type_a, type_b;
+};
+struct DeltaArgs {
+    const void *dout, *out;
+    const float* dlse;
+    float* delta;
+    long long dout_row_stride, dout_head_stride, out_row_stride, out_head_stride;
+    long long num_rows;  // tokens * heads
+    int num_heads, dim, type;
+};
+struct BandArgs {
+    const RowRange *q_ranges, *k_ranges;
+    const int* types;
+    Slice* slices;
+    int num_slices;
+};
+constexpr int kFewRanges = 1024;
 
 }  // namespace magi

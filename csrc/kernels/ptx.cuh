@@ -12,7 +12,8 @@ using u64 = unsigned long long;
 
 __device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// ---- mbarriers: a phase ends when all arrivals and all expected bytes are in -----------------------------------------
+// ---- mbarriers: a phase ends when all arrivals and all expected bytes are in
+// -----------------------------------------
 __device__ __forceinline__ void barrier_init(u64& bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(&bar)), "r"(arrivals));
 }
@@ -24,18 +25,20 @@ __device__ __forceinline__ void barrier_arrive(u64& bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(&bar)) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive_expect(u64& bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(&bar)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(&bar)), "r"(bytes)
+                 : "memory");
 }
 // Returns once the phase with this parity (0 for the first) has ended.
 __device__ __forceinline__ void barrier_wait(u64& bar, u32 parity) {
     asm volatile(
-        "{\n.reg .pred p;\nW%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D%=;\nbra W%=;\nD%=:\n}" ::"r"(
-            smem_addr(&bar)),
+        "{\n.reg .pred p;\nW%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra D%=;\nbra "
+        "W%=;\nD%=:\n}" ::"r"(smem_addr(&bar)),
         "r"(parity)
         : "memory");
 }
 
-// ---- named barriers: ids 1-15; 0 is __syncthreads ---------------------------------------------------------------------
+// ---- named barriers: ids 1-15; 0 is __syncthreads
+// ---------------------------------------------------------------------
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -43,12 +46,13 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- bulk copies ------------------------------------------------------------------------------------------------------
-// One box of a [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
+// ---- bulk copies
+// ------------------------------------------------------------------------------------------------------ One box of a
+// [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& bar, int dim, int head, int row) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-            smem_addr(dst)),
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(smem_addr(dst)),
         "l"(&map), "r"(smem_addr(&bar)), "r"(dim), "r"(head), "r"(row)
         : "memory");
 }
@@ -58,7 +62,12 @@ __device__ __forceinline__ void tma_prefetch_map(const TensorMap& map) {
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- registers --------------------------------------------------------------------------------------------------------
+// The same value in all lanes, told to the compiler: it then lives in uniform registers, as descriptors and branches
+// like it.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// ---- registers
+// --------------------------------------------------------------------------------------------------------
 template <int N>
 __device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -68,7 +77,8 @@ __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------
+// ---- arithmetic
+// -------------------------------------------------------------------------------------------------------
 struct bf16 {
     u16 bits;
 };

@@ -13,7 +13,9 @@ struct Smem {
     int bucket[kBuckets + 1];
 };
 
-__device__ Slice slice_at(const TilesArgs& a, int i) { return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed); }
+__device__ Slice slice_at(const TilesArgs& a, int i) {
+    return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed);
+}
 
 // Sum over the block, the same in every thread.
 __device__ int block_sum(int x, int (&scratch)[kWarps]) {

@@ -1,12 +1,13 @@
 // Which slices touch which tile of rows? The table's format, its size, and the walk that reads it. Host and device.
 //
-// A tile is a run of `tile_rows` rows from row0 on. Its slices are copied into one pool, grouped by tile and ascending by
-// slice index, so the walk of a tile is one stream of reads. Tiles are listed heavy first. A walk advances in steps of
-// `step` columns from the first column that any row of the tile sees; every step holds at least one allowed cell.
-// For the backward the table is transposed: rows are keys, columns are queries, slices come exchanged (band.h transpose).
+// A tile is a run of `tile_rows` rows from row0 on. Its slices are copied into one pool, grouped by tile and ascending
+// by slice index, so the walk of a tile is one stream of reads. Tiles are listed heavy first. A walk advances in steps
+// of `step` columns from the first column that any row of the tile sees; every step holds at least one allowed cell.
+// For the backward the table is transposed: rows are keys, columns are queries, slices come exchanged (band.h
+// transpose).
 //
-// The pool holds what masks need in practice (pool_capacity). A tile whose list no longer fits has first < 0, and its walk
-// reads all slices of the mask instead: slower, same steps in the same order.
+// The pool holds what masks need in practice (pool_capacity). A tile whose list no longer fits has first < 0, and its
+// walk reads all slices of the mask instead: slower, same steps in the same order.
 #pragma once
 
 #include "band.h"

@@ -1,8 +1,8 @@
 // How does a warpgroup multiply on the tensor cores? Descriptors, the four wgmma forms, and the accumulator's layout.
 //
 // Accumulator of m64nN: thread t holds rows r = t / 32 * 16 + t % 32 / 4 and r + 8, columns 8j + c and 8j + c + 1 with
-// c = t % 4 * 2; d[4j], d[4j + 1] are row r, d[4j + 2], d[4j + 3] row r + 8. Packed in pairs, 16 columns of an accumulator
-// are the register A operand of a following product.
+// c = t % 4 * 2; d[4j], d[4j + 1] are row r, d[4j + 2], d[4j + 3] row r + 8. Packed in pairs, 16 columns of an
+// accumulator are the register A operand of a following product.
 #pragma once
 
 #include "ptx.cuh"
@@ -38,21 +38,22 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16> = true;
 
-#define MAGI_D8(o) \
-    "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3]), "+f"(d[o + 4]), "+f"(d[o + 5]), "+f"(d[o + 6]), "+f"(d[o + 7])
+#define MAGI_D8(o)                                                                                              \
+    "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3]), "+f"(d[o + 4]), "+f"(d[o + 5]), "+f"(d[o + 6]), \
+        "+f"(d[o + 7])
 #define MAGI_D32(o) MAGI_D8(o), MAGI_D8(o + 8), MAGI_D8(o + 16), MAGI_D8(o + 24)
-#define MAGI_REGS_64 \
-    "{" \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define MAGI_REGS_64                                                                  \
+    "{"                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 " \
     "}"
 #define MAGI_D_64 MAGI_D32(0)
-#define MAGI_REGS_128 \
-    "{" \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define MAGI_REGS_128                                                                  \
+    "{"                                                                                \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "  \
     "}"
 #define MAGI_D_128 MAGI_D32(0), MAGI_D32(32)
 
@@ -61,25 +62,30 @@ template <class T, int N, int kTransA, int kTransB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
     static_assert(N == 64 || N == 128, "add the instruction shape above");
     if constexpr (N == 64 && kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64
-                     ", %32, %33, p, 1, 1, %35, %36;\n}"
-                     : MAGI_D_64
-                     : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64 ", %32, %33, p, 1, 1, %35, %36;\n}"
+            : MAGI_D_64
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
     } else if constexpr (N == 64 && !kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
-                     ", %32, %33, p, 1, 1, %35, %36;\n}"
-                     : MAGI_D_64
-                     : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
+            ", %32, %33, p, 1, 1, %35, %36;\n}"
+            : MAGI_D_64
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
     } else if constexpr (N == 128 && kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
-                     ", %64, %65, p, 1, 1, %67, %68;\n}"
-                     : MAGI_D_128
-                     : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
+            ", %64, %65, p, 1, 1, %67, %68;\n}"
+            : MAGI_D_128
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
     } else if constexpr (N == 128 && !kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128
-                     ", %64, %65, p, 1, 1, %67, %68;\n}"
-                     : MAGI_D_128
-                     : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128 ", %64, %65, p, 1, 1, %67, %68;\n}"
+            : MAGI_D_128
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
     }
 }
 
@@ -88,25 +94,32 @@ template <class T, int N, int kTransB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate) {
     static_assert(N == 64 || N == 128, "add the instruction shape above");
     if constexpr (N == 64 && kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64
-                     ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-                     : MAGI_D_64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64
+            ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+            : MAGI_D_64
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
     } else if constexpr (N == 64 && !kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
-                     ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-                     : MAGI_D_64
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
+            ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+            : MAGI_D_64
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
     } else if constexpr (N == 128 && kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
-                     ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-                     : MAGI_D_128
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
+            ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+            : MAGI_D_128
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
     } else if constexpr (N == 128 && !kIsBf16<T>) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128
-                     ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-                     : MAGI_D_128
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128
+            ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+            : MAGI_D_128
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
     }
 }
 

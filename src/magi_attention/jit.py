@@ -40,8 +40,24 @@ class Variant:
     max_registers: int = 255  # what the launch bounds allow; the tests hold every kernel to it
 
 
+def _forward_variants() -> list[Variant]:
+    return [
+        Variant(
+            f"ffa_fwd_d{dim}_{dtype}{'_transform' if transform else ''}",
+            "ffa_fwd.cu",
+            (("HEAD_DIM", str(dim)), ("ELEMENT", dtype), ("TRANSFORM", str(transform))),
+            168,
+        )
+        for dim in (64, 128)
+        for dtype in ("bf16", "f16")
+        for transform in (0, 1)  # softcap, or a softmax_scale that is not positive
+    ]
+
+
 # The whole variant space, in one place. Host launchers ask for these names.
-VARIANTS: dict[str, Variant] = {v.name: v for v in [Variant("tiles", "tiles.cu")]}
+VARIANTS: dict[str, Variant] = {
+    v.name: v for v in [Variant("tiles", "tiles.cu"), Variant("rows", "rows.cu"), *_forward_variants()]
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,7 @@ class _locked:
 def _write(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
         f.write(data)
+    Path(f.name).chmod(0o644)
     os.replace(f.name, path)
 
 

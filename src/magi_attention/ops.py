@@ -24,7 +24,7 @@ from magi_attention.mask import Mask, slice_areas
 __all__ = ["accumulation_dtype", "flex_attend", "raise_if_grad", "sink_gradient"]
 
 
-def _load(library: str) -> None:
+def _load(library: str) -> Path:
     path = Path(__file__).parent / "lib" / library
     if not path.exists():
         raise ImportError(
@@ -37,9 +37,14 @@ def _load(library: str) -> None:
         raise ImportError(
             f"{path} does not load into torch {torch.__version__} (needs torch >= 2.11): {error}"
         ) from error
+    return path
 
 
 _load("libmagi.so")
+if torch.version.cuda is not None:
+    from magi_attention import jit
+
+    jit.attach(_load("libmagi_cuda.so"))
 _ops = torch.ops.magi
 _library = torch.library.Library("magi", "IMPL")
 

@@ -1,0 +1,70 @@
+// Launches the attention forward: the tile table, then one persistent kernel.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/cuda.h"
+#include "cuda/launcher.h"
+
+namespace magi::cuda {
+
+void check_forward_support(const ForwardParams& p) {
+    const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
+    if (p.dtype != Dtype::kBF16 && p.dtype != Dtype::kF16)
+        fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
+    for (const auto& [name, dim] : {std::pair{"q", p.shape.head_dim}, {"v", p.shape.v_dim}})
+        if (dim > 128 || dim % 8 != 0)
+            fail(std::string(name) +
+                 " must have a head dimension that is a multiple of 8 and at most 128 on CUDA, got " +
+                 std::to_string(dim));
+}
+
+size_t forward_workspace(const ForwardParams& p) { return table_bytes(p.shape.num_q, kForwardRows, p.num_slices); }
+
+void ffa_forward(const ForwardParams& p, void* workspace, int device) {
+    const AttentionShape& shape = p.shape;
+    if (shape.num_q == 0) return;
+    void* stream = current_stream(device);
+    const int dim = std::max(shape.head_dim, shape.v_dim) <= 64 ? 64 : 128;
+    const bool transform = p.softcap > 0 || !(p.softmax_scale > 0);
+    const std::string variant = "ffa_fwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
+                                (transform ? "_transform" : "");
+    const unsigned smem = forward_smem(dim);
+    void* forward = kernel(variant, "ffa_fwd", device, smem);
+
+    ForwardArgs a{};
+    a.table = build_tiles(workspace, p.slices, p.num_slices, shape.num_q, shape.num_k, kForwardRows, kForwardKeys,
+                          false, device, stream);
+    a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kForwardRows / 2);
+    if (shape.num_k > 0) {  // otherwise nothing is loaded
+        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kForwardKeys);
+        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kForwardKeys);
+    }
+    a.slices = p.slices;
+    a.num_slices = p.num_slices;
+    a.num_q = shape.num_q;
+    a.num_k = shape.num_k;
+    a.num_heads = shape.num_q_heads;
+    a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
+    a.v_dim = shape.v_dim;
+    // Heads whose keys and values fit half of the L2 cache together run side by side.
+    constexpr int64_t kCacheBytes = 24 << 20;
+    const int64_t head_bytes = std::max<int64_t>(1, 2LL * shape.num_k * (shape.head_dim + shape.v_dim));
+    a.section_heads = (int)std::clamp<int64_t>(kCacheBytes / head_bytes, 1, shape.num_kv_heads) * a.heads_per_kv;
+    a.out = p.out.data;
+    a.out_row_stride = p.out.row_stride;
+    a.out_head_stride = p.out.head_stride;
+    a.out_is_float = p.out_dtype == Dtype::kF32;
+    a.lse = static_cast<float*>(p.lse);
+    a.sink = static_cast<const float*>(p.sink);
+    a.num_sinks = p.num_sinks;
+    a.out_prev = static_cast<const float*>(p.out_prev);
+    a.lse_prev = static_cast<const float*>(p.lse_prev);
+    a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+    a.scale = static_cast<float>(p.softmax_scale);
+    a.softcap = static_cast<float>(p.softcap);
+    const int64_t work = (int64_t)a.table.num_tiles * a.num_heads;
+    const unsigned blocks = (unsigned)std::min<int64_t>(work, std::max(1, num_sms(device) - p.sm_margin));
+    launch(forward, {blocks}, 384, smem, stream, a);
+}
+
+}  // namespace magi::cuda

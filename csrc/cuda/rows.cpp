@@ -1,0 +1,102 @@
+// Launches the row-movement kernels: wide accesses where sizes and addresses allow, a grid that fills the chip.
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+
+#include "cuda/cuda.h"
+#include "cuda/launcher.h"
+
+namespace magi::cuda {
+namespace {
+
+constexpr int kThreads = 256;  // as in rows.cu
+
+int element_type(Dtype dtype, const char* what) {
+    switch (dtype) {
+        case Dtype::kF16: return kElementF16;
+        case Dtype::kBF16: return kElementBF16;
+        case Dtype::kF32: return kElementF32;
+        default:
+            throw std::runtime_error(std::string("magi_attention: ") + what +
+                                     " must be float16, bfloat16 or float32 on CUDA, got float64");
+    }
+}
+
+bool aligned(std::initializer_list<const void*> pointers, int bytes) {
+    return std::all_of(pointers.begin(), pointers.end(),
+                       [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
+}
+
+Grid fill(int64_t blocks, int device) { return {(unsigned)std::clamp<int64_t>(blocks, 1, 8LL * num_sms(device))}; }
+
+// The running sum of many ranges goes to memory first; few are summed by each block itself (null).
+const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, void* workspace, int device, void* stream) {
+    if (num_ranges <= kFewRanges) return nullptr;
+    auto* first = static_cast<long long*>(workspace);
+    launch(kernel("rows", "scan", device, 0), {1}, 1024, 0, stream, ScanArgs{ranges, first, (int)num_ranges});
+    return first;
+}
+
+}  // namespace
+
+size_t ranges_workspace(int64_t num_ranges) {
+    return num_ranges <= kFewRanges ? 0 : (num_ranges + 1) * sizeof(long long);
+}
+
+void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, const RowRange* ranges,
+                  int64_t num_ranges, void* workspace, int device) {
+    if (total == 0 || row_bytes == 0) return;
+    void* stream = current_stream(device);
+    const int width = row_bytes % 16 == 0 && aligned({src, dst}, 16) ? 16
+                      : row_bytes % 4 == 0 && aligned({src, dst}, 4) ? 4
+                                                                     : 1;
+    void* gather = kernel("rows", ("gather" + std::to_string(width)).c_str(), device, 0);
+    const long long* first = scan_ranges(ranges, num_ranges, workspace, device, stream);
+    const int64_t tile_rows = std::clamp<int64_t>(32768 / row_bytes, 1, kThreads);
+    launch(gather, fill((total + tile_rows - 1) / tile_rows, device), kThreads, 0, stream,
+           GatherArgs{(const char*)src, (char*)dst, ranges, first, (int)num_ranges, total, row_bytes});
+}
+
+void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements,
+                          const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace, int device) {
+    if (num_rows == 0 || row_elements == 0) return;
+    void* stream = current_stream(device);
+    const bool wide = row_elements % 8 == 0 && aligned({src, dst}, 16);
+    void* scatter = kernel("rows", wide ? "scatter8" : "scatter1", device, 0);
+    const long long* first = scan_ranges(ranges, num_ranges, workspace, device, stream);
+    launch(
+        scatter, fill((num_rows + 7) / 8, device), kThreads, 0, stream,
+        ScatterArgs{src, dst, ranges, first, (int)num_ranges, num_rows, row_elements, element_type(dtype, "y"), mean});
+}
+
+void merge_partials(Dtype dtype_a, const void* out_a, const float* lse_a, Dtype dtype_b, const void* out_b,
+                    const float* lse_b, void* out, float* lse, int64_t num_rows, int dim, int device) {
+    if (num_rows == 0) return;
+    const bool wide = dim % 8 == 0 && aligned({out_a, out_b, out}, 16);
+    launch(kernel("rows", wide ? "merge8" : "merge1", device, 0),
+           fill((num_rows * dim / (wide ? 8 : 1) + kThreads - 1) / kThreads, device), kThreads, 0,
+           current_stream(device),
+           MergeArgs{out_a, out_b, lse_a, lse_b, out, lse, num_rows, dim, element_type(dtype_a, "out"),
+                     element_type(dtype_b, "out_i")});
+}
+
+void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out,
+               const float* dlse, float* delta, int device) {
+    if (num_rows == 0 || num_heads == 0) return;
+    const auto strided = [](const Heads& t) { return t.row_stride % 8 == 0 && t.head_stride % 8 == 0; };
+    const bool wide = dim % 8 == 0 && strided(dout) && strided(out) && aligned({dout.data, out.data}, 16);
+    const int64_t rows = (int64_t)num_rows * num_heads, rows_per_block = wide ? kThreads / 16 : kThreads / 32;
+    launch(kernel("rows", wide ? "delta8" : "delta1", device, 0),
+           fill((rows + rows_per_block - 1) / rows_per_block, device), kThreads, 0, current_stream(device),
+           DeltaArgs{dout.data, out.data, dlse, delta, dout.row_stride, dout.head_stride, out.row_stride,
+                     out.head_stride, rows, num_heads, dim, element_type(dtype, "out")});
+}
+
+void band_slices(const RowRange* q_ranges, const RowRange* k_ranges, const int* types, Slice* slices, int num_slices,
+                 int device) {
+    if (num_slices == 0) return;
+    launch(kernel("rows", "bands", device, 0), {(unsigned)((num_slices + kThreads - 1) / kThreads)}, kThreads, 0,
+           current_stream(device), BandArgs{q_ranges, k_ranges, types, slices, num_slices});
+}
+
+}  // namespace magi::cuda

@@ -1,0 +1,408 @@
+// Attention forward over band slices. A persistent block takes a tile of q rows of one head, walks the keys of every
+// slice that touches it with one online softmax, and writes out and lse once: no atomics on results, no zero-fill, the
+// same bits every time.
+//
+// One producer thread streams K and V through a ring by TMA; each consumer warpgroup owns 64 rows. Consumers take turns
+// at the tensor cores (FlashAttention-3's ping-pong, arXiv 2407.08608), and each overlaps the softmax of one step with
+// its products of the step before. Per consumer a step is empty (skipped), full (no mask) or partial (two comparisons
+// an element).
+//
+// Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, TRANSFORM 0 or 1 (scores
+// are scaled and capped one by one, for softcap and for scales that are not positive).
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace magi {
+
+using T = ELEMENT;
+constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
+constexpr int kConsumers = 2;           // warpgroups of 64 rows
+constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = kForwardKeys, kStages = kForwardStages;
+static_assert(kTileRows == kRows * kConsumers);
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kScores = kKeys / 2, kOuts = HEAD_DIM / 2;  // accumulators of a thread
+constexpr int kTurnBarrier = 1;                           // named barriers kTurnBarrier + consumer
+
+struct Work {                          // one consumer's share of a tile
+    int row0, head, num_steps, spare;  // num_steps < 0: no more work
+};
+struct Step {  // one k tile; keys from key0 on
+    int key0, end, lo, hi;
+    int row0, row1, classes, spare;  // classes: a TileClass of 2 bits for each consumer
+};
+
+struct Smem {
+    u16 q[kConsumers][kHalves][kRows * 64];
+    u16 k[kStages][kHalves][kKeys * 64], v[kStages][kHalves][kKeys * 64];
+    Step step[kStages];
+    Work work[kConsumers];
+    u64 q_full[kConsumers], q_free[kConsumers], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+};
+
+static_assert(sizeof(Smem) + 1024 <= forward_smem(HEAD_DIM));
+
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// ---- producer
+// -----------------------------------------------------------------------------------------------------------------------
+__device__ void load_tiles(const ForwardArgs& a, Smem& s) {
+    const TileTable& table = a.table;
+    const int total = table.num_tiles * a.num_heads;
+    Ring ring;
+    int work = blockIdx.x;
+    for (u32 item = 0; work < total; ++item) {
+        const int next = gridDim.x + atomicAdd(&table.header->next_work, 1);  // in flight while this tile loads
+        const int section = work / (table.num_tiles * a.section_heads), first_head = section * a.section_heads;
+        const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * table.num_tiles;
+        const int head = first_head + at % heads;
+        const int4 tile = __ldg(reinterpret_cast<const int4*>(table.tiles) + at / heads);
+        const int row0 = tile.x, num_steps = tile.w, row1 = min(row0 + kTileRows, a.num_q);
+
+        auto load_q = [&] {
+#pragma unroll
+            for (int w = 0; w < kConsumers; ++w) {
+                barrier_wait(s.q_free[w], (item & 1) ^ 1);
+                s.work[w] = {row0 + kRows * w, head, num_steps, 0};
+                barrier_arrive_expect(s.q_full[w], num_steps ? sizeof(s.q[w]) : 0);
+                for (int h = 0; h < kHalves && num_steps; ++h)
+                    tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, head, row0 + kRows * w);
+            }
+        };
+        if (num_steps == 0) load_q();
+
+        bool first_step = true;
+        for (int i = 0; i < tile.z; ++i) {
+            Slice c;
+            if (tile.y >= 0) {
+                const int4* entry = reinterpret_cast<const int4*>(table.pool + tile.y + i);
+                const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
+                c = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
+            } else {
+                c = table_slice(a.slices[i], a.num_q, a.num_k, false);
+            }
+            const Range keys = tile_columns(c, row0, row1);
+            for (int key0 = keys.begin; key0 < keys.end; key0 += kKeys) {
+                int classes = 0;
+#pragma unroll
+                for (int w = 0; w < kConsumers; ++w)
+                    classes |= block_class(c, row0 + kRows * w, min(row0 + kRows * (w + 1), a.num_q), key0, kKeys)
+                               << 2 * w;
+                barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
+                s.step[ring.stage] = {key0, c.k1, c.lo, c.hi, c.q0, c.q1, classes, 0};
+                barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
+                for (int h = 0; h < kHalves; ++h)
+                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, head / a.heads_per_kv, key0);
+                if (first_step)
+                    load_q();  // after the first keys: these need not wait for the previous tile's last product
+                first_step = false;
+                barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
+                barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
+                for (int h = 0; h < kHalves; ++h)
+                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, head / a.heads_per_kv, key0);
+                ring.advance();
+            }
+        }
+        work = next;
+        if (work >= total) {
+#pragma unroll
+            for (int w = 0; w < kConsumers; ++w) {
+                barrier_wait(s.q_free[w], item & 1);
+                s.work[w].num_steps = -1;
+                barrier_arrive(s.q_full[w]);
+            }
+        }
+    }
+}
+
+// ---- consumers
+// ----------------------------------------------------------------------------------------------------------------------
+struct Rows {  // softmax state of a thread's two rows, r and r + 8
+    float most[2], sum[2], rescale[2];
+};
+
+// Scores in log2 units where they are transformed one by one; otherwise they stay raw and the scale is folded into the
+// exponent.
+__device__ __forceinline__ void transform_scores(const ForwardArgs& a, float (&d)[kScores]) {
+    if (a.softcap > 0) {
+        const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) d[i] = outer - __fdividef(2 * outer, exp2_fast(d[i] * inner) + 1);  // tanh
+    } else {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) d[i] *= a.scale_log2;
+    }
+}
+
+__device__ __forceinline__ void mask_scores(const Step& step, int row, int column, float (&d)[kScores]) {
+    int first[2], last[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int q = row + 8 * e;
+        first[e] = q + step.lo - step.key0 - column;
+        last[e] = min(step.end, q + step.hi + 1) - step.key0 - column;
+        if (q < step.row0 || q >= step.row1) last[e] = -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        const int at = i / 4 * 8 + i % 2, e = i / 2 % 2;
+        if (at < first[e] || at >= last[e]) d[i] = -infinity();
+    }
+}
+
+// d becomes exp2(score - most); rows that saw no key yet keep most = -inf, and 0 is subtracted instead.
+__device__ __forceinline__ void softmax_step(float scale, float (&d)[kScores], Rows& rows) {
+    float most[2] = {rows.most[0], rows.most[1]}, base[2];
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 1));
+        most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 2));
+        base[e] = most[e] == -infinity() ? 0.f : most[e] * scale;
+        rows.rescale[e] = exp2_fast(rows.most[e] * scale - base[e]);
+        rows.most[e] = most[e];
+        rows.sum[e] *= rows.rescale[e];
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        d[i] = exp2_fast(d[i] * scale - base[i / 2 % 2]);
+        rows.sum[i / 2 % 2] += d[i];
+    }
+}
+
+__device__ __forceinline__ float log_add_exp(float x, float y) {
+    const float most = fmaxf(x, y), least = fminf(x, y);
+    return most == -infinity() ? most : most + __logf(1 + __expf(least - most));
+}
+
+// Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3.
+__device__ __forceinline__ void transpose_quad(u32 (&x)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
+        (high ? x[i] : x[i + 2]) = got;
+    }
+}
+
+// Joins sinks and the previous partial, divides, writes out and lse.
+__device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& work, int row, int column, float scale,
+                                           const Rows& rows, float (&o)[kOuts]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        float sum = rows.sum[e];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const int q = row + 8 * e;
+        const bool valid = q < a.num_q;
+        const long long at = static_cast<long long>(q) * a.num_heads + work.head;
+        const float own = sum > 0 ? rows.most[e] * scale * kLn2 + __logf(sum) : -infinity();
+        const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();
+        float lse = log_add_exp(own, prev);
+        // Sinks join the rows that see any key.
+        for (int n = 0; n < a.num_sinks && lse > -infinity(); ++n)
+            lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + work.head));
+        const float keep = prev > -infinity() ? __expf(prev - lse) : 0.f;
+        const float weight = sum > 0 ? __expf(own - lse) / sum : 0.f;
+#pragma unroll
+        for (int i = 2 * e; i < kOuts; i += 4) {
+            o[i] *= weight;
+            o[i + 1] *= weight;
+        }
+        if (a.lse_prev && valid) {
+            const float* before = a.out_prev + at * a.v_dim + column;
+#pragma unroll
+            for (int i = 2 * e; i < kOuts; i += 4) {
+                if (i / 4 * 8 < a.v_dim) {
+                    const float2 x = *reinterpret_cast<const float2*>(before + i / 4 * 8);
+                    o[i] += keep * x.x;
+                    o[i + 1] += keep * x.y;
+                }
+            }
+        }
+        if (valid && lane % 4 == 0) a.lse[at] = lse;
+        const long long to = q * a.out_row_stride + work.head * a.out_head_stride;
+        if (a.out_is_float) {
+            float* out = static_cast<float*>(a.out) + to + column;
+#pragma unroll
+            for (int i = 2 * e; i < kOuts; i += 4)
+                if (valid && i / 4 * 8 < a.v_dim)
+                    *reinterpret_cast<float2*>(out + i / 4 * 8) = make_float2(o[i], o[i + 1]);
+        } else {
+            u16* out = static_cast<u16*>(a.out) + to;
+#pragma unroll
+            for (int b = 0; b < kOuts; b += 16) {  // four blocks of eight columns: 16 bytes a lane
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[b + 4 * i + 2 * e], o[b + 4 * i + 2 * e + 1]);
+                transpose_quad(x, lane);
+                const int c = b * 2 + lane % 4 * 8;
+                if (valid && c < a.v_dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+    }
+}
+
+__device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4,
+              column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
+    const float scale = TRANSFORM ? 1.f : a.scale_log2;
+    const u32 q_addr = smem_addr(s.q[w][0]);
+    float d[kScores], o[kOuts];
+    u32 p[kKeys / 16][4];
+    Rows rows;
+
+    auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
+    auto pass_turn = [&] { named_arrive(kTurnBarrier + (w + 1) % kConsumers, 256); };
+    auto release = [&](u64& bar) {
+        if (lane == 0) barrier_arrive(bar);  // every warp by itself
+    };
+    auto issue_scores = [&](int stage) {
+        const u32 k_addr = smem_addr(s.k[stage][0]);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 16; ++i)
+            wgmma_ss<T, kKeys, 0, 0>(d, descriptor(q_addr + i / 4 * sizeof(s.q[0][0]) + 32 * (i % 4), 16, 1024),
+                                     descriptor(k_addr + i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4), 16, 1024), i);
+        wgmma_commit();
+    };
+    auto issue_outs = [&](int stage) {
+        const u32 v_addr = smem_addr(s.v[stage][0]);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i)
+            wgmma_rs<T, HEAD_DIM, 1>(o, p[i], descriptor(v_addr + 2048 * i, sizeof(s.v[0][0]), 1024), 1);
+        wgmma_commit();
+    };
+    auto class_of = [&](int stage) { return uniform(s.step[stage].classes) >> 2 * w & 3; };
+    auto pack_scores = [&] {
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) p[i][e] = pack<T>(d[8 * i + 2 * e], d[8 * i + 2 * e + 1]);
+    };
+
+    auto rescale_outs = [&] {
+#pragma unroll
+        for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
+    };
+
+    Ring ring;
+    if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
+    for (u32 item = 0;; ++item) {
+        barrier_wait(s.q_full[w], item & 1);
+        const Work work = s.work[w];
+        int left = uniform(work.num_steps);
+        if (left < 0) break;
+        rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
+#pragma unroll
+        for (int i = 0; i < kOuts; ++i) o[i] = 0;
+        auto keys_done = [&] {
+            __syncwarp();
+            release(s.k_free[ring.stage]);
+            if (--left == 0) release(s.q_free[w]);
+        };
+        auto softmax = [&](int met) {
+            if (TRANSFORM) transform_scores(a, d);
+            if (met == kTilePartial) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
+            keys_done();
+            softmax_step(scale, d, rows);
+        };
+        if (left == 0) {
+            __syncwarp();
+            release(s.q_free[w]);
+        }
+        while (left > 0) {
+            barrier_wait(s.k_full[ring.stage], ring.parity);
+            int met = class_of(ring.stage);
+            if (met == kTileEmpty) {
+                take_turn();
+                pass_turn();
+                keys_done();
+                barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
+                release(s.v_free[ring.stage]);
+                ring.advance();
+                continue;
+            }
+            take_turn();
+            issue_scores(ring.stage);
+            pass_turn();
+            wgmma_wait<0>();
+            pin(d);
+            softmax(met);
+            rescale_outs();  // of earlier runs
+            pack_scores();
+            Ring v_ring = ring;
+            ring.advance();
+            while (left > 0) {
+                barrier_wait(s.k_full[ring.stage], ring.parity);
+                met = class_of(ring.stage);
+                if (met == kTileEmpty) break;
+                take_turn();
+                issue_scores(ring.stage);
+                barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
+                issue_outs(v_ring.stage);
+                pass_turn();
+                wgmma_wait<1>();
+                pin(d);
+                softmax(met);
+                wgmma_wait<0>();
+                pin(o);
+                release(s.v_free[v_ring.stage]);
+                rescale_outs();
+                pack_scores();
+                v_ring = ring;
+                ring.advance();
+            }
+            barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
+            issue_outs(v_ring.stage);
+            wgmma_wait<0>();
+            pin(o);
+            release(s.v_free[v_ring.stage]);
+        }
+        write_rows(a, work, work.row0 + row, column, scale, rows, o);
+    }
+    if (w == 0) take_turn();  // the last turn passed
+}
+
+extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_fwd(const __grid_constant__ ForwardArgs a) {
+    extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
+    Smem& s = *reinterpret_cast<Smem*>(raw);
+    if (threadIdx.x == 0) {
+        for (int w = 0; w < kConsumers; ++w) {
+            barrier_init(s.q_full[w], 1);
+            barrier_init(s.q_free[w], 4);
+        }
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(s.k_full[i], 1);
+            barrier_init(s.v_full[i], 1);
+            barrier_init(s.k_free[i], 4 * kConsumers);
+            barrier_init(s.v_free[i], 4 * kConsumers);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<kProducerRegisters>();
+        if (threadIdx.x == 0) load_tiles(a, s);
+    } else {
+        registers_grow<kConsumerRegisters>();
+        attend_tiles(a, s, uniform(threadIdx.x / 128) - 1);
+    }
+}
+
+}  // namespace magi

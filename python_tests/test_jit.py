@@ -1,0 +1,45 @@
+"""Does every kernel variant compile, within its registers and without spills? Does the cache hold? No GPU needed."""
+
+import dataclasses
+import multiprocessing
+
+import pytest
+
+from magi_attention import jit
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings and nvidia-cuda-nvrtc (extra `test`)")
+
+
+@pytest.mark.parametrize("name", jit.VARIANTS)
+def test_variant_compiles_without_spills(name):
+    variant = jit.VARIANTS[name]
+    compiled = jit.compile_variant(variant)
+    assert compiled.cubin[:4] == b"\x7fELF"
+    assert compiled.spills == 0, compiled.log
+    assert compiled.registers <= variant.max_registers, compiled.log
+    assert "setmaxnreg" not in compiled.log and "serializ" not in compiled.log, compiled.log  # ignored by ptxas
+
+
+def test_error_shows_the_compilers_log():
+    broken = dataclasses.replace(
+        jit.VARIANTS["ffa_fwd_d128_bf16"], defines=(("HEAD_DIM", "128"), ("ELEMENT", "nothing"))
+    )
+    with pytest.raises(RuntimeError, match='identifier "nothing" is undefined'):
+        jit.compile_variant(broken)
+
+
+def test_variants_with_other_macros_have_other_files():
+    names = {jit.file_name(v) for v in jit.VARIANTS.values()}
+    assert len(names) == len(jit.VARIANTS)
+
+
+def compile_and_count(cache):
+    cubin = jit.load_or_compile(jit.VARIANTS["tiles"], cache)
+    return cubin[:4] == b"\x7fELF"
+
+
+def test_processes_that_start_together_share_one_compilation(tmp_path, capfd):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert all(pool.map(compile_and_count, [tmp_path / "cache"] * 3))
+    assert capfd.readouterr().err.count("compiling kernel tiles") == 1
+    assert [p.name for p in (tmp_path / "cache").glob("*.cubin")] == [jit.file_name(jit.VARIANTS["tiles"])]
