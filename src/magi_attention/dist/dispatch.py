@@ -321,7 +321,10 @@ def check_group(layout: Layout, mesh: Mesh) -> None:
 def check_rows(name: str, x: Tensor, layout: Layout) -> None:
     """ValueError unless x has the local rows of the layout and is on its device."""
     _check_device(name, x, layout)
-    if x.ndim == 0 or x.shape[0] != layout.rows:
+    if torch.compiler.is_compiling():
+        # In the graph, before anything is launched. (`rows`, a number, would make a graph of its own for each length.)
+        torch._check(x.shape[0] == layout.local_rows.shape[0])
+    elif x.ndim == 0 or x.shape[0] != layout.rows:
         raise ValueError(f"{name} must have the {layout.rows} rows of this rank, got {list(x.shape)}")
 
 

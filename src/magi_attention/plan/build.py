@@ -39,7 +39,9 @@ def _layout(grid: list[int], chunks: Tensor, ranges: Tensor, rank: int) -> Layou
     owned = chunks[rank]
     last = (total - 1) // chunk  # only this chunk may be short
     num_owned = int((owned >= 0).sum()) * chunk - (chunk * (last + 1) - total if bool((owned == last).any()) else 0)
-    return Layout(total, chunk, world_size, rank, slots * chunk, num_owned, chunks, ranges)
+    rows = slots * chunk
+    carrier = torch.empty(rows, 0, dtype=torch.int32)
+    return Layout(total, chunk, world_size, rank, rows, num_owned, chunks, ranges, carrier)
 
 
 @dataclass(frozen=True)
