@@ -87,8 +87,8 @@ class Layout(_Tables):
         num_owned: rows of this rank without padding. They are the first ones.
         chunks: int32 [world_size, slots], on the CPU: chunk ids of every rank, ascending, then -1 for padding.
         ranges: int32 [m, 2], global row ranges of this rank's rows in local order, without padding.
-        local_rows: int32 [rows, 0] on the CPU, carries `rows` as a shape: a compiled function compares it with its inputs,
-            where it would specialise on the number.
+        local_rows: int32 [rows, 0] on the CPU, carries `rows` as a shape: a compiled function compares it with its
+            inputs, where it would specialise on the number.
     """
 
     total: int
