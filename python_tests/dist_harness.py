@@ -61,6 +61,7 @@ class Pool:
                 try:
                     passed, value = connection.recv()
                 except EOFError:
+                    self.processes[rank].join(GRACE)
                     passed, value = False, f"the process ended, exit code {self.processes[rank].exitcode}"
                 (results if passed else failures)[rank] = value
                 if not passed:
@@ -80,7 +81,11 @@ class Pool:
         return {rank: Path(self.folder.name, f"stacks_{rank}").read_text() for rank in ranks}
 
     def close(self) -> None:
+        for connection in self.connections:
+            connection.close()  # ends a process that waits for a case
+        deadline = time.monotonic() + 1.0
         for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
         self.folder.cleanup()

@@ -95,7 +95,7 @@ def reference_losses(dp):
     return losses, [p.detach() for b in blocks for p in b.parameters()]
 
 
-def case_train(dp, checkpointing, bf16, inductor):
+def case_train(dp, checkpointing, bf16, backend):
     """Losses and parameters against one process; compiled graphs; attention kernels in each forward and backward."""
     kernels = []
 
@@ -109,7 +109,8 @@ def case_train(dp, checkpointing, bf16, inductor):
     blocks = load([ParallelBlock(mesh["cp"], checkpointing) for _ in range(2)])
     policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)} if bf16 else {}
     for block in blocks:
-        block.compile(fullgraph=True, backend="inductor" if inductor else recorded)
+        if backend != "eager":
+            block.compile(fullgraph=True, backend=recorded if backend == "recorded" else backend)
         fully_shard(block, mesh=mesh["dp", "cp"]._flatten("dp_cp"), **policy)
     optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
     losses = []
@@ -146,10 +147,11 @@ def case_train(dp, checkpointing, bf16, inductor):
     [("none", False, 0), ("full", False, 3), ("selective", False, 0), ("selective", True, 0)],
 )
 def test_training(dp, cp, checkpointing, bf16, forwards_in_backward):
-    results = run(dp * cp, case_train, dp, checkpointing, bf16, False, timeout=240)
+    results = run(dp * cp, case_train, dp, checkpointing, bf16, "recorded", timeout=240)
     assert results == [(1, [3, forwards_in_backward])] * (dp * cp)
 
 
-def test_training_with_inductor():
-    results = run(4, case_train, 2, "selective", True, True, timeout=300)
-    assert results == [(1, [])] * 4
+@pytest.mark.parametrize("backend, graphs", [("eager", 0), ("inductor", 1)])
+def test_training_without_recording(backend, graphs):
+    results = run(4, case_train, 2, "selective", True, backend, timeout=300)
+    assert results == [(graphs, [])] * 4
