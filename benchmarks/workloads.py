@@ -37,21 +37,21 @@ DOCUMENT_LENGTHS = (
     (65537, 131072, 22513),
     (131073, 196608, 18284),
 )
-NUM_PACKS = 20  # a mean over packs; seeds 0 to 19 name them
+NUM_PACKS = 20  # a mean over packs; seeds 0 to 19 name them, seeds 20 to 39 the packs of another shuffle, and so on
 
 VIDEO_CHUNK = 21_600  # tokens of 24 frames at 720 x 1280 (MAGI-1 24B: 6 latent frames of 3,600); no multiple of 128
 VIDEO_KV_CHUNKS = (5, 4, 3, 2)  # chunks seen while denoising, from the noisiest of the four to the cleanest
 
 
 @functools.lru_cache(maxsize=8)
-def document_packs(total: int) -> tuple[torch.Tensor, ...]:
+def document_packs(total: int, shuffle: int = 0) -> tuple[torch.Tensor, ...]:
     """`NUM_PACKS` cu_seqlens, int64 [documents + 1], of packs of `total` tokens drawn from `DOCUMENT_LENGTHS`.
 
     Every document has the middle length of its bin; one longer than a quarter of a pack is cut into quarters and a
-    rest. All pieces are shuffled (seed 42) and fill packs in order; a piece that meets the end of a pack continues in
-    the next one. Whole packs are shuffled, and the first are taken.
+    rest. All pieces are shuffled (seed 42 + `shuffle`) and fill packs in order; a piece that meets the end of a pack
+    continues in the next one. Whole packs are shuffled, and the first are taken.
     """
-    rng = np.random.default_rng(42)
+    rng = np.random.default_rng(42 + shuffle)
     quarter = max(total // 4, 1)
     pieces = []
     for shortest, longest, documents in DOCUMENT_LENGTHS:
@@ -72,7 +72,7 @@ def document_packs(total: int) -> tuple[torch.Tensor, ...]:
 
 def documents_causal(total: int, seed: int = 0) -> Mask:
     """W1: packed documents, causal within each."""
-    return Mask.varlen(document_packs(total)[seed % NUM_PACKS])
+    return Mask.varlen(document_packs(total, seed // NUM_PACKS)[seed % NUM_PACKS])
 
 
 def documents_full(total: int, seed: int = 0) -> Mask:

@@ -31,20 +31,26 @@ void check_ownership(const Grid& grid, std::span<const int> chunks, const char* 
 }
 
 Runs runs_of(const Grid& grid, std::span<const int> chunks) {
-    std::vector<int> slot_of(grid.num_chunks());
-    for (int slot = 0; slot < grid.num_slots(); ++slot) {
-        if (chunks[slot] >= 0) slot_of[chunks[slot]] = slot;
+    struct Home {
+        int rank, slot;
+    };
+    std::vector<Home> home(grid.num_chunks());
+    for (int rank = 0; rank < grid.world; ++rank) {
+        for (int slot = 0; slot < grid.slots; ++slot) {
+            const int c = chunks[static_cast<size_t>(rank) * grid.slots + slot];
+            if (c >= 0) home[c] = {rank, slot};
+        }
     }
     Runs out{{}, std::vector<int>(grid.num_chunks()), grid.chunk};
     int last_rank = -1;
     for (int c = 0; c < grid.num_chunks(); ++c) {
-        const int rank = slot_of[c] / grid.slots;
+        const auto [rank, slot] = home[c];
         const Range rows = grid.rows(c);
         // Slots of a rank hold ascending chunks, so neighbouring chunks of one rank sit in neighbouring slots.
         if (rank == last_rank) {
             out.runs.back().end = rows.end;
         } else {
-            out.runs.push_back({rows.begin, rows.end, rank, (slot_of[c] - rank * grid.slots) * grid.chunk});
+            out.runs.push_back({rows.begin, rows.end, rank, slot * grid.chunk});
         }
         out.of_chunk[c] = static_cast<int>(out.runs.size()) - 1;
         last_rank = rank;

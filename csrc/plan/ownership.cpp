@@ -27,7 +27,7 @@ class Bisection {
 public:
     Bisection(const Demand& demand, const Grid& grid, const CostModel& cost)
         : grid_(grid), cost_(cost), area_(grid.num_slots(), 0), link_(grid.num_slots(), 0), order_(grid.num_slots()),
-          scratch_(grid.num_slots()), prefix_(grid.num_slots() + 1), rank_of_(grid.num_slots(), 0) {
+          scratch_(grid.num_slots()), prefix_(2 * grid.num_slots() + 1), rank_of_(grid.num_slots(), 0) {
         std::copy(demand.area.begin(), demand.area.end(), area_.begin());
         for (int c = 1; c < grid.num_chunks(); ++c) link_[c] = shared_rows(demand.of(c - 1), demand.of(c));
         std::iota(order_.begin(), order_.end(), 0);
@@ -54,31 +54,32 @@ private:
         }
         const int count = end - begin, left_ranks = num_ranks / 2, right_ranks = num_ranks - left_ranks;
         const int window = left_ranks * grid_.slots;
+        // Running sums go on once more around the circle, so that no window needs a seam.
         prefix_[0] = 0;
         for (int i = 0; i < count; ++i) prefix_[i + 1] = prefix_[i] + area_[order_[begin + i]];
         const int64_t total = prefix_[count];
+        for (int i = 1; i <= window; ++i) prefix_[count + i] = total + prefix_[i];
         const double fair = std::max(fair_share_, static_cast<double>(total) / num_ranks);
+        const double per_left = cost_.cell / left_ranks, per_right = cost_.cell / right_ranks;
         double best = std::numeric_limits<double>::infinity();
         int at = 0;
         for (int i = 0; i < count; ++i) {
-            const int stop = i + window;
-            const int64_t inside = stop <= count ? prefix_[stop] - prefix_[i] : total - prefix_[i] + prefix_[stop - count];
-            const double busier = std::max(static_cast<double>(inside) / left_ranks, static_cast<double>(total - inside) / right_ranks);
-            double value = cost_.cell * std::max(0.0, busier - fair);
+            const int64_t inside = prefix_[i + window] - prefix_[i];
+            const double busier = std::max(static_cast<double>(inside) * per_left, static_cast<double>(total - inside) * per_right);
+            double value = std::max(0.0, busier - cost_.cell * fair);
             if (value >= best) continue;
-            value += cost_.traffic * cost_.row * (tear(begin, count, i) + tear(begin, count, stop <= count ? stop : stop - count));
+            value += cost_.traffic * cost_.row * (tear(begin, count, i) + tear(begin, count, (i + window) % count));
             if (value < best) {
                 best = value;
                 at = i;
             }
         }
-        // Both parts keep the global order of their chunks.
-        int left = begin, right = begin + window;
-        for (int i = 0; i < count; ++i) {
-            const int from_window = i - at < 0 ? i - at + count : i - at;
-            (from_window < window ? scratch_[left++] : scratch_[right++]) = order_[begin + i];
-        }
-        std::copy(scratch_.begin() + begin, scratch_.begin() + end, order_.begin() + begin);
+        // Both parts keep the global order of their chunks: [0, head) and [at, stop) are the window.
+        const int stop = std::min(at + window, count), head = at + window - stop;
+        const auto list = order_.begin() + begin;
+        const auto middle = std::copy(list + at, list + stop, std::copy(list, list + head, scratch_.begin()));
+        std::copy(list + stop, list + count, std::copy(list + head, list + at, middle));
+        std::copy_n(scratch_.begin(), count, list);
         split(begin, begin + window, first_rank, left_ranks);
         split(begin + window, end, first_rank + left_ranks, right_ranks);
     }
@@ -135,16 +136,22 @@ public:
 private:
     static constexpr int kRounds = 24, kPartners = 12, kTrades = 3;
 
+    // A chunk by its area; ordered heaviest first.
+    struct Load {
+        int64_t area;
+        int chunk;
+        bool operator<(const Load& other) const { return area != other.area ? area > other.area : chunk < other.chunk; }
+    };
+
     struct Rank {
         std::vector<int> chunks;     // ascending
-        std::vector<int> by_area;    // heaviest first; empty until asked for
+        std::vector<Load> by_area;   // heaviest first; empty until asked for
         std::vector<Range> keys;     // all that its rows need, merged
         int64_t area = 0, remote = 0;
         double time = 0;
     };
 
     int64_t area(int c) const { return c < grid_.num_chunks() ? demand_.area[c] : 0; }
-    bool heavier(int a, int b) const { return area(a) != area(b) ? area(a) > area(b) : a < b; }
 
     void collect_keys(Rank& rank) {
         rank.keys.clear();
@@ -168,10 +175,10 @@ private:
         rank.time = cost_.rank_time(static_cast<double>(rank.area), static_cast<double>(rank.remote));
     }
 
-    const std::vector<int>& by_area(Rank& rank) const {
+    const std::vector<Load>& by_area(Rank& rank) const {
         if (rank.by_area.empty()) {
-            rank.by_area = rank.chunks;
-            std::sort(rank.by_area.begin(), rank.by_area.end(), [this](int a, int b) { return heavier(a, b); });
+            for (const int c : rank.chunks) rank.by_area.push_back({area(c), c});
+            std::sort(rank.by_area.begin(), rank.by_area.end());
         }
         return rank.by_area;
     }
@@ -207,23 +214,27 @@ private:
             const double rows_a = static_cast<double>(a.remote), rows_b = static_cast<double>(b.remote);
             const double even = (a.time - b.time) / 2 / cost_.cell;
             double best = burden(area_a, rows_a, area_b, rows_b);
+            const double least = cost_.traffic * cost_.row * (rows_a + rows_b);    // nothing exceeds, nothing is added
             int give = -1, take = -1;
-            const std::vector<int>&from_a = by_area(a), &from_b = by_area(b);
+            const std::vector<Load>&from_a = by_area(a), &from_b = by_area(b);
             size_t j = 0;
-            for (const int x : from_a) {
-                while (j + 1 < from_b.size() && static_cast<double>(area(x) - area(from_b[j])) < even) ++j;
+            for (const Load& x : from_a) {
+                while (j + 1 < from_b.size() && static_cast<double>(x.area - from_b[j].area) < even) ++j;
                 for (const size_t k : {j, j > 0 ? j - 1 : j}) {
-                    const int y = from_b[k];
-                    const double change = static_cast<double>(area(x) - area(y));
+                    const Load& y = from_b[k];
+                    const double change = static_cast<double>(x.area - y.area);
                     if (change <= 0 || burden(area_a - change, rows_a, area_b + change, rows_b) >= best) continue;
-                    const double value = burden(area_a - change, rows_a + static_cast<double>(added(y, a)), area_b + change,
-                                                rows_b + static_cast<double>(added(x, b)));
+                    const double more_a = rows_a + static_cast<double>(added(y.chunk, a));
+                    if (burden(area_a - change, more_a, area_b + change, rows_b) >= best) continue;
+                    const double more_b = rows_b + static_cast<double>(added(x.chunk, b));
+                    const double value = burden(area_a - change, more_a, area_b + change, more_b);
                     if (value < best) {
                         best = value;
-                        give = x;
-                        take = y;
+                        give = x.chunk;
+                        take = y.chunk;
                     }
                 }
+                if (best <= least) break;
             }
             if (give < 0) break;
             replace(a, give, take);
@@ -236,9 +247,9 @@ private:
     void replace(Rank& rank, int out, int in) {
         rank.chunks.erase(std::lower_bound(rank.chunks.begin(), rank.chunks.end(), out));
         rank.chunks.insert(std::lower_bound(rank.chunks.begin(), rank.chunks.end(), in), in);
-        const auto before = [this](int a, int b) { return heavier(a, b); };
-        rank.by_area.erase(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), out, before));
-        rank.by_area.insert(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), in, before), in);
+        const Load gone{area(out), out}, come{area(in), in};
+        rank.by_area.erase(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), gone));
+        rank.by_area.insert(std::lower_bound(rank.by_area.begin(), rank.by_area.end(), come), come);
         rank.area += area(in) - area(out);
         collect_keys(rank);
     }

@@ -36,9 +36,7 @@ def _grid_of(layout: Layout) -> list[int]:
 
 def _layout(grid: list[int], chunks: Tensor, ranges: Tensor, rank: int) -> Layout:
     total, chunk, world_size, slots = grid
-    owned = chunks[rank]
-    last = (total - 1) // chunk  # only this chunk may be short
-    num_owned = int((owned >= 0).sum()) * chunk - (chunk * (last + 1) - total if bool((owned == last).any()) else 0)
+    num_owned = sum(end - begin for begin, end in ranges.tolist())
     rows = slots * chunk
     carrier = torch.empty(rows, 0, dtype=torch.int32)
     return Layout(total, chunk, world_size, rank, rows, num_owned, chunks, ranges, carrier)
