@@ -109,6 +109,18 @@ def test_options(dim, options):
     check(*tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16), causal_documents([700, 1, 130, 669]), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("growth", [1e-3, 1.0, 20.0])
+def test_scores_that_jump(growth, dtype):
+    """Later keys score higher by many orders of magnitude, in some rows only: maxima move late and by more than 2^127."""
+    rng = torch.Generator().manual_seed(11)
+    q, k, v = tensors(rng, 1000, 2000, 2, 1, 128, dtype)
+    k *= (1 + growth * torch.arange(2000, device="cuda")[:, None, None] / 100).to(dtype)
+    q[::3] *= 0.01
+    slices = torch.tensor([[0, 1000, 0, 2000, -NONE, NONE]], dtype=torch.int32)
+    check(q, k, v, slices)
+
+
 @pytest.mark.parametrize("num_sinks", [1, 3])
 def test_sink(num_sinks):
     rng = torch.Generator().manual_seed(2)

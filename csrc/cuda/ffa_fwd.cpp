@@ -20,6 +20,17 @@ void check_forward_support(const ForwardParams& p) {
 
 size_t forward_workspace(const ForwardParams& p) { return table_bytes(p.shape.num_q, kForwardRows, p.num_slices); }
 
+// Key/value heads worked on together: as many as the L2 cache holds, so that tiles of one head find each other's keys
+// there, but enough for the last section to end with light tiles on every multiprocessor; sections of about equal size.
+static int section_heads(const AttentionShape& shape, int num_tiles, int num_sms) {
+    constexpr int64_t kCacheBytes = 32 << 20;
+    const int64_t head_bytes = std::max<int64_t>(1, 2LL * shape.num_k * (shape.head_dim + shape.v_dim));
+    const int64_t head_tiles = (int64_t)num_tiles * (shape.num_q_heads / shape.num_kv_heads);
+    const int64_t wanted = std::max(kCacheBytes / head_bytes, (3 * num_sms + head_tiles - 1) / head_tiles);
+    const int64_t sections = std::max<int64_t>(1, shape.num_kv_heads / std::max<int64_t>(1, wanted));
+    return (int)((shape.num_kv_heads + sections - 1) / sections);
+}
+
 void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     const AttentionShape& shape = p.shape;
     if (shape.num_q == 0) return;
@@ -46,10 +57,7 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     a.num_heads = shape.num_q_heads;
     a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
     a.v_dim = shape.v_dim;
-    // Heads whose keys and values fit half of the L2 cache together run side by side.
-    constexpr int64_t kCacheBytes = 24 << 20;
-    const int64_t head_bytes = std::max<int64_t>(1, 2LL * shape.num_k * (shape.head_dim + shape.v_dim));
-    a.section_heads = (int)std::clamp<int64_t>(kCacheBytes / head_bytes, 1, shape.num_kv_heads) * a.heads_per_kv;
+    a.section_heads = section_heads(shape, a.table.num_tiles, num_sms(device)) * a.heads_per_kv;
     a.out = p.out.data;
     a.out_row_stride = p.out.row_stride;
     a.out_head_stride = p.out.head_stride;

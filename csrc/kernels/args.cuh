@@ -11,7 +11,7 @@ struct alignas(64) TensorMap {  // encoded by the driver; opaque
 };
 
 // The shape of the forward's work, known to both sides: a tile of rows against steps of keys, streamed through a ring.
-constexpr int kForwardRows = 128, kForwardKeys = 128, kForwardStages = 2;
+constexpr int kForwardRows = 128, kForwardKeys = 128, kForwardStages = 3;
 MAGI_HD constexpr unsigned forward_smem(int head_dim) {
     return 2 * head_dim * (kForwardRows + 2 * kForwardStages * kForwardKeys) +
            2048;  // q, k, v; barriers, steps, alignment
@@ -35,6 +35,7 @@ struct ForwardArgs {
     const float* lse_prev;
     float scale_log2;  // softmax_scale * log2(e); variants with a transform use the next two instead
     float scale, softcap;
+    unsigned zero;  // 0, unknown to the compiler
 };
 
 // rows.cu: memory-bound row movement. Ranges are [num_ranges, 2] begin, end.

@@ -11,16 +11,29 @@
 // are scaled and capped one by one, for softcap and for scales that are not positive).
 #include "ptx.cuh"
 #include "wgmma.cuh"
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef SECTION
+#define SECTION 0
+#endif
+#ifndef KEYS
+#define KEYS 128
+#endif
+#ifndef PREGS
+#define PREGS 72
+#define CREGS 216
+#endif
 
 namespace magi {
 
 using T = ELEMENT;
 constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
 constexpr int kConsumers = 2;           // warpgroups of 64 rows
-constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = kForwardKeys, kStages = kForwardStages;
+constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = KEYS, kStages = STAGES;
 static_assert(kTileRows == kRows * kConsumers);
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kProducerRegisters = PREGS, kConsumerRegisters = CREGS;
 constexpr int kScores = kKeys / 2, kOuts = HEAD_DIM / 2;  // accumulators of a thread
 constexpr int kTurnBarrier = 1;                           // named barriers kTurnBarrier + consumer
 
@@ -29,7 +42,8 @@ struct Work {                          // one consumer's share of a tile
 };
 struct Step {  // one k tile; keys from key0 on
     int key0, end, lo, hi;
-    int row0, row1, classes, spare;  // classes: a TileClass of 2 bits for each consumer
+    int row0, row1;
+    int met[kConsumers];  // each consumer's TileClass, and from bit 2 on how many steps after this one are full for it
 };
 
 struct Smem {
@@ -50,81 +64,105 @@ struct Ring {
     }
 };
 
-// ---- producer
-// -----------------------------------------------------------------------------------------------------------------------
-__device__ void load_tiles(const ForwardArgs& a, Smem& s) {
-    const TileTable& table = a.table;
-    const int total = table.num_tiles * a.num_heads;
-    Ring ring;
-    int work = blockIdx.x;
-    for (u32 item = 0; work < total; ++item) {
-        const int next = gridDim.x + atomicAdd(&table.header->next_work, 1);  // in flight while this tile loads
-        const int section = work / (table.num_tiles * a.section_heads), first_head = section * a.section_heads;
-        const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * table.num_tiles;
-        const int head = first_head + at % heads;
-        const int4 tile = __ldg(reinterpret_cast<const int4*>(table.tiles) + at / heads);
-        const int row0 = tile.x, num_steps = tile.w, row1 = min(row0 + kTileRows, a.num_q);
+// ---- producer -----------------------------------------------------------------------------------------------------
+struct Item {  // a tile of one head
+    int head, row0, first, num_slices, num_steps;
+};
+__device__ Item item_of(const ForwardArgs& a, int work) {
+    const int section_heads = SECTION ? SECTION : a.section_heads;
+    const int section = work / (a.table.num_tiles * section_heads), first_head = section * section_heads;
+    const int heads = min(section_heads, a.num_heads - first_head), at = work - first_head * a.table.num_tiles;
+    const int4 tile = __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
+    return {first_head + at % heads, tile.x, tile.y, tile.z, tile.w};
+}
 
+// Steps [begin, end) of a walk from column col0 on that are full for rows [row0, row1).
+__device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
+    const int first = max(0, row1 - 1 + c.lo - col0), last = min(c.k1, row0 + c.hi + 1) - col0;
+    return {ceil_div(first, kKeys), c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0};
+}
+
+__device__ void load_tiles(const ForwardArgs& a, Smem& s) {
+    const int total = a.table.num_tiles * a.num_heads;
+    Ring ring;
+    int work = blockIdx.x, next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+    Item item = item_of(a, min(work, total - 1));
+    u32 round = 0;
+    for (; work < total; ++round) {
+        const Item next_item = item_of(a, min(next, total - 1));  // arrives while this tile is loaded
+        const int after_next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+        const int row1 = min(item.row0 + kTileRows, a.num_q), kv_head = item.head / a.heads_per_kv;
         auto load_q = [&] {
 #pragma unroll
             for (int w = 0; w < kConsumers; ++w) {
-                barrier_wait(s.q_free[w], (item & 1) ^ 1);
-                s.work[w] = {row0 + kRows * w, head, num_steps, 0};
-                barrier_arrive_expect(s.q_full[w], num_steps ? sizeof(s.q[w]) : 0);
-                for (int h = 0; h < kHalves && num_steps; ++h)
-                    tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, head, row0 + kRows * w);
+                barrier_wait(s.q_free[w], (round & 1) ^ 1);
+                s.work[w] = {item.row0 + kRows * w, item.head, item.num_steps, 0};
+                barrier_arrive_expect(s.q_full[w], item.num_steps ? sizeof(s.q[w]) : 0);
+                for (int h = 0; h < kHalves && item.num_steps; ++h)
+                    tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
             }
         };
-        if (num_steps == 0) load_q();
+        bool q_loaded = item.num_steps == 0;
+        if (q_loaded) load_q();
 
-        bool first_step = true;
-        for (int i = 0; i < tile.z; ++i) {
+        for (int i = 0; i < item.num_slices; ++i) {
             Slice c;
-            if (tile.y >= 0) {
-                const int4* entry = reinterpret_cast<const int4*>(table.pool + tile.y + i);
+            if (item.first >= 0) {
+                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + i);
                 const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
                 c = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
             } else {
                 c = table_slice(a.slices[i], a.num_q, a.num_k, false);
             }
-            const Range keys = tile_columns(c, row0, row1);
-            for (int key0 = keys.begin; key0 < keys.end; key0 += kKeys) {
-                int classes = 0;
+            const Range keys = tile_columns(c, item.row0, row1);
+            Range full[kConsumers];
 #pragma unroll
-                for (int w = 0; w < kConsumers; ++w)
-                    classes |= block_class(c, row0 + kRows * w, min(row0 + kRows * (w + 1), a.num_q), key0, kKeys)
-                               << 2 * w;
+            for (int w = 0; w < kConsumers; ++w)
+                full[w] = full_steps(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), a.num_q), keys.begin);
+            int key0 = keys.begin;
+            for (int j = 0; key0 < keys.end; ++j, key0 += kKeys) {
                 barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
-                s.step[ring.stage] = {key0, c.k1, c.lo, c.hi, c.q0, c.q1, classes, 0};
+                Step& step = s.step[ring.stage];
+                step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
+#pragma unroll
+                for (int w = 0; w < kConsumers; ++w) {
+                    const int row0 = item.row0 + kRows * w;
+                    const TileClass met = block_class(c, row0, min(row0 + kRows, a.num_q), key0, kKeys);
+                    const int run = j + 1 >= full[w].begin ? max(0, full[w].end - (j + 1)) : 0;
+                    step.met[w] = met | run << 2;
+                }
                 barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
                 for (int h = 0; h < kHalves; ++h)
-                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, head / a.heads_per_kv, key0);
-                if (first_step)
+                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, kv_head, key0);
+                if (!q_loaded)
                     load_q();  // after the first keys: these need not wait for the previous tile's last product
-                first_step = false;
+                q_loaded = true;
                 barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
                 barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
                 for (int h = 0; h < kHalves; ++h)
-                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, head / a.heads_per_kv, key0);
+                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, kv_head, key0);
                 ring.advance();
             }
         }
-        work = next;
-        if (work >= total) {
+        work = next, next = after_next, item = next_item;
+    }
 #pragma unroll
-            for (int w = 0; w < kConsumers; ++w) {
-                barrier_wait(s.q_free[w], item & 1);
-                s.work[w].num_steps = -1;
-                barrier_arrive(s.q_full[w]);
-            }
-        }
+    for (int w = 0; w < kConsumers; ++w) {
+        barrier_wait(s.q_free[w], (round & 1) ^ 1);
+        s.work[w].num_steps = -1;
+        barrier_arrive(s.q_full[w]);
     }
 }
 
 // ---- consumers
 // ----------------------------------------------------------------------------------------------------------------------
-struct Rows {  // softmax state of a thread's two rows, r and r + 8
-    float most[2], sum[2], rescale[2];
+constexpr float kSlack = 8;  // log2 units that a score may exceed the maximum in use
+constexpr float kLimit =
+    1 << 15;  // of the sum of a thread's weights: more than 2^kSlack times them all, less than f16 holds
+
+struct Rows {       // softmax state of a thread's two rows, r and r + 8
+    float most[2];  // the maximum in use: at most kSlack below the true one
+    float sum[2], rescale[2];
 };
 
 // Scores in log2 units where they are transformed one by one; otherwise they stay raw and the scale is folded into the
@@ -156,25 +194,55 @@ __device__ __forceinline__ void mask_scores(const Step& step, int row, int colum
     }
 }
 
-// d becomes exp2(score - most); rows that saw no key yet keep most = -inf, and 0 is subtracted instead.
-__device__ __forceinline__ void softmax_step(float scale, float (&d)[kScores], Rows& rows) {
-    float most[2] = {rows.most[0], rows.most[1]}, base[2];
+// Moves the rows' maximum and says whether outputs of this warp have to be rescaled for it.
+__device__ __forceinline__ bool move_maximum(float scale, float slack, const float (&d)[kScores], Rows& rows) {
+    float most[2], odd_most[2];  // two chains a row keep the arithmetic units busy
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+    for (int e = 0; e < 2; ++e) most[e] = d[2 * e], odd_most[e] = d[2 * e + 1];
+#pragma unroll
+    for (int i = 4; i < kScores; i += 2) {
+        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+        odd_most[i / 2 % 2] = fmaxf(odd_most[i / 2 % 2], d[i + 1]);
+    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
+        most[e] = fmaxf(most[e], odd_most[e]);
         most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 1));
         most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 2));
-        base[e] = most[e] == -infinity() ? 0.f : most[e] * scale;
-        rows.rescale[e] = exp2_fast(rows.most[e] * scale - base[e]);
-        rows.most[e] = most[e];
-        rows.sum[e] *= rows.rescale[e];
+    }
+    const bool grew = __any_sync(~0u, most[0] > rows.most[0] + slack || most[1] > rows.most[1] + slack);
+    if (grew) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            most[e] = fmaxf(most[e], rows.most[e]);
+            rows.rescale[e] = most[e] == -infinity() ? 1.f : exp2_fast((rows.most[e] - most[e]) * scale);
+            rows.most[e] = most[e];
+            rows.sum[e] *= rows.rescale[e];
+        }
+    }
+    return grew;
+}
+
+// p = exp2(score - most), packed as the next product's operand, and its sums by row. Rows that saw no key yet have most
+// = -inf; 0 is subtracted there.
+__device__ __forceinline__ void weigh_scores(float scale, const float (&d)[kScores], const Rows& rows,
+                                             u32 (&p)[kKeys / 16][4], float (&sum)[2]) {
+    float base[2], odd_sum[2] = {0, 0};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        base[e] = rows.most[e] == -infinity() ? 0.f : rows.most[e] * scale;
+        sum[e] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-        d[i] = exp2_fast(d[i] * scale - base[i / 2 % 2]);
-        rows.sum[i / 2 % 2] += d[i];
+    for (int i = 0; i < kScores; i += 2) {
+        const int e = i / 2 % 2;
+        const float even = exp2_fast(d[i] * scale - base[e]), odd = exp2_fast(d[i + 1] * scale - base[e]);
+        sum[e] += even;
+        odd_sum[e] += odd;
+        p[i / 8][i / 2 % 4] = pack<T>(even, odd);
     }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) sum[e] += odd_sum[e];
 }
 
 __device__ __forceinline__ float log_add_exp(float x, float y) {
@@ -209,14 +277,12 @@ __device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& wor
         const int q = row + 8 * e;
         const bool valid = q < a.num_q;
         const long long at = static_cast<long long>(q) * a.num_heads + work.head;
-        const float own = sum > 0 ? rows.most[e] * scale * kLn2 + __logf(sum) : -infinity();
+        const float own = sum == 0 ? -infinity() : rows.most[e] * scale * kLn2 + __logf(sum);
         const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();
         float lse = log_add_exp(own, prev);
-        // Sinks join the rows that see any key.
-        for (int n = 0; n < a.num_sinks && lse > -infinity(); ++n)
-            lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + work.head));
+        for (int n = 0; n < a.num_sinks; ++n) lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + work.head));
         const float keep = prev > -infinity() ? __expf(prev - lse) : 0.f;
-        const float weight = sum > 0 ? __expf(own - lse) / sum : 0.f;
+        const float weight = sum == 0 ? 0.f : __expf(own - lse) / sum;
 #pragma unroll
         for (int i = 2 * e; i < kOuts; i += 4) {
             o[i] *= weight;
@@ -261,9 +327,11 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4,
               column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
     const float scale = TRANSFORM ? 1.f : a.scale_log2;
+    const float slack = kSlack / scale;
     const u32 q_addr = smem_addr(s.q[w][0]);
     float d[kScores], o[kOuts];
-    u32 p[kKeys / 16][4];
+    u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
+    float sum[2];
     Rows rows;
 
     auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
@@ -272,35 +340,22 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         if (lane == 0) barrier_arrive(bar);  // every warp by itself
     };
     auto issue_scores = [&](int stage) {
-        const u32 k_addr = smem_addr(s.k[stage][0]);
+        const Operand q(q_addr, 16, 1024), k(smem_addr(s.k[0][0]) + stage * sizeof(s.k[0]), 16, 1024);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 16; ++i)
-            wgmma_ss<T, kKeys, 0, 0>(d, descriptor(q_addr + i / 4 * sizeof(s.q[0][0]) + 32 * (i % 4), 16, 1024),
-                                     descriptor(k_addr + i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4), 16, 1024), i);
+            wgmma_ss<T, kKeys, 0, 0>(d, q.at(i / 4 * sizeof(s.q[0][0]) + 32 * (i % 4)),
+                                     k.at(i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4)), i);
         wgmma_commit();
     };
     auto issue_outs = [&](int stage) {
-        const u32 v_addr = smem_addr(s.v[stage][0]);
+        const Operand v(smem_addr(s.v[0][0]) + stage * sizeof(s.v[0]), sizeof(s.v[0][0]), 1024);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i)
-            wgmma_rs<T, HEAD_DIM, 1>(o, p[i], descriptor(v_addr + 2048 * i, sizeof(s.v[0][0]), 1024), 1);
+        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, HEAD_DIM, 1>(o, p[i], v.at(2048 * i), 1);
         wgmma_commit();
     };
-    auto class_of = [&](int stage) { return uniform(s.step[stage].classes) >> 2 * w & 3; };
-    auto pack_scores = [&] {
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) p[i][e] = pack<T>(d[8 * i + 2 * e], d[8 * i + 2 * e + 1]);
-    };
-
-    auto rescale_outs = [&] {
-#pragma unroll
-        for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
-    };
-
+    auto met_at = [&](int stage) { return uniform(s.step[stage].met[w]); };
     Ring ring;
     if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
     for (u32 item = 0;; ++item) {
@@ -308,6 +363,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         const Work work = s.work[w];
         int left = uniform(work.num_steps);
         if (left < 0) break;
+        bool fresh = true;  // rows of this warp may have seen no key
         rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
 #pragma unroll
         for (int i = 0; i < kOuts; ++i) o[i] = 0;
@@ -316,11 +372,36 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             release(s.k_free[ring.stage]);
             if (--left == 0) release(s.q_free[w]);
         };
-        auto softmax = [&](int met) {
+        // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
+        // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
+        // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
+        // maximum moves first. Returns whether the outputs have to be rescaled.
+        auto weigh = [&](int met) {
             if (TRANSFORM) transform_scores(a, d);
+            bool careful = met == kTilePartial || fresh, grew = false;
             if (met == kTilePartial) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
             keys_done();
-            softmax_step(scale, d, rows);
+            for (;;) {
+                if (careful) {
+                    grew = move_maximum(scale, slack, d, rows);
+                    fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+                }
+                weigh_scores(scale, d, rows, next_p, sum);
+                if (careful || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
+                careful = true;
+            }
+        };
+        auto accept = [&](bool grew) {  // after the product that reads p
+            if (grew) {
+#pragma unroll
+                for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
+            }
+            rows.sum[0] += sum[0];
+            rows.sum[1] += sum[1];
+#pragma unroll
+            for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) p[i][e] = next_p[i][e] ^ a.zero;
         };
         if (left == 0) {
             __syncwarp();
@@ -328,8 +409,8 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         }
         while (left > 0) {
             barrier_wait(s.k_full[ring.stage], ring.parity);
-            int met = class_of(ring.stage);
-            if (met == kTileEmpty) {
+            int met = met_at(ring.stage);
+            if ((met & 3) == kTileEmpty) {
                 take_turn();
                 pass_turn();
                 keys_done();
@@ -343,15 +424,20 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             pass_turn();
             wgmma_wait<0>();
             pin(d);
-            softmax(met);
-            rescale_outs();  // of earlier runs
-            pack_scores();
+            accept(weigh(met & 3));
+            int full_left = met >> 2;
             Ring v_ring = ring;
             ring.advance();
             while (left > 0) {
                 barrier_wait(s.k_full[ring.stage], ring.parity);
-                met = class_of(ring.stage);
-                if (met == kTileEmpty) break;
+                if (--full_left >= 0) {
+                    met = kTileFull;
+                } else {
+                    met = met_at(ring.stage);
+                    if ((met & 3) == kTileEmpty) break;
+                    full_left = met >> 2;
+                    met &= 3;
+                }
                 take_turn();
                 issue_scores(ring.stage);
                 barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
@@ -359,12 +445,11 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                 pass_turn();
                 wgmma_wait<1>();
                 pin(d);
-                softmax(met);
+                const bool grew = weigh(met);
                 wgmma_wait<0>();
                 pin(o);
                 release(s.v_free[v_ring.stage]);
-                rescale_outs();
-                pack_scores();
+                accept(grew);
                 v_ring = ring;
                 ring.advance();
             }

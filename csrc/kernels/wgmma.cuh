@@ -18,6 +18,14 @@ __device__ __forceinline__ u64 descriptor(u32 addr, u32 leading, u32 stride) {
            static_cast<u64>(stride >> 4) << 32 | 1ull << 62;
 }
 
+// The same, for a walk: only the low word changes, so that an instruction costs one addition in the uniform registers.
+struct Operand {
+    u32 low, high;
+    __device__ __forceinline__ Operand(u32 addr, u32 leading, u32 stride)
+        : low((addr & 0x3FFFF) >> 4 | leading >> 4 << 16), high(stride >> 4 | 1u << 30) {}
+    __device__ __forceinline__ u64 at(u32 bytes) const { return static_cast<u64>(high) << 32 | (low + (bytes >> 4)); }
+};
+
 // fence: before the first product that reads registers written by ordinary code. commit: closes a group.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
