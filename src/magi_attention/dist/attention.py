@@ -16,40 +16,43 @@ from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce,
 from magi_attention.dist.dispatch import check_group, check_rows
 from magi_attention.dist.tensor_parallel import heads_local
 from magi_attention.ops import accumulation_dtype, sink_gradient
-from magi_attention.plan import Plan
+from magi_attention.plan import Plan, Stage
 
 __all__ = ["attend"]
 
 _ops = torch.ops.magi
 # Before torch 2.13 a traced autograd function that returns a tensor it also saved gives wrong gradients without a word.
-_RETURN_COPIES = torch.__version__ < (2, 13)
+_RETURN_COPIES = torch.__version__ < "2.13"
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink, plan, group, softmax_scale, softcap, deterministic):
-        stages = plan.stages
         accumulator = accumulation_dtype(q.dtype)
         kv = torch.cat([k, v], dim=2)
-        out = lse = flying = None
-        for s in range(len(stages) + 1):
-            coming = _cast(kv, stages[s], group, _present(flying)) if s < len(stages) else None
-            last = s == len(stages)
-            keys = wait(flying) if s > 0 else kv
-            out, lse = _ops.ffa_fwd(
+
+        def attend_keys(keys, slices, out, lse, after, last):
+            return _ops.ffa_fwd(
                 q,
                 keys[..., : k.shape[2]],
                 keys[..., k.shape[2] :],
-                stages[s - 1].slices if s > 0 else plan.slices,
+                slices,
                 sink=sink if last else None,  # once
                 out_prev=out,
                 lse_prev=lse,
                 softmax_scale=softmax_scale,
                 softcap=softcap,
                 out_dtype=q.dtype if last else accumulator,
-                after=_present(coming),
+                after=after,
             )
+
+        flying = [_cast(kv, plan.stages[0], group, [])]
+        out, lse = attend_keys(kv, plan.slices, None, None, flying, last=False)
+        for stage, following in zip(plan.stages, (*plan.stages[1:], None)):
+            coming = [] if following is None else [_cast(kv, following, group, flying)]
+            out, lse = attend_keys(wait(*flying), stage.slices, out, lse, coming, last=following is None)
             flying = coming
+
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.plan, ctx.group = plan, group
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
@@ -58,52 +61,46 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, sink, out, lse = ctx.saved_tensors
-        plan, group, stages = ctx.plan, ctx.group, ctx.plan.stages
-        accumulator = accumulation_dtype(q.dtype)
+        plan, group = ctx.plan, ctx.group
         kv = torch.cat([k, v], dim=2)
-        dq = own = delta = flying = launched = None
-        returning = []
-        for s in range(len(stages) + 1):
-            coming = _cast(kv, stages[s], group, _present(dout, launched)) if s < len(stages) else None
-            launched = coming if coming is not None else launched
-            if s == 0:
-                delta = _ops.ffa_delta(dout, out, dlse)
-            keys = wait(flying) if s > 0 else kv
-            dq, dk, dv = _ops.ffa_bwd(
+
+        def grads_of_keys(keys, slices, dq, after):
+            return _ops.ffa_bwd(
                 dout,
                 q,
                 keys[..., : k.shape[2]],
                 keys[..., k.shape[2] :],
                 lse,
                 delta,
-                stages[s - 1].slices if s > 0 else plan.slices,
+                slices,
                 dq_prev=dq,
                 softmax_scale=ctx.softmax_scale,
                 softcap=ctx.softcap,
                 deterministic=ctx.deterministic,
-                grad_dtype=accumulator,
-                after=_present(coming, *returning[-1:]),
+                grad_dtype=accumulation_dtype(q.dtype),
+                after=after,
             )
-            if s == 0:
-                own = torch.cat([dk, dv], dim=2)
-            else:
-                stage = stages[s - 1]
-                rows = stage.send_rows.shape[0]
-                launched = group_reduce([dk, dv], stage.splits, group, rows, _present(launched))
-                returning.append(launched)
+
+        flying = launched = [_cast(kv, plan.stages[0], group, [dout])]
+        delta = _ops.ffa_delta(dout, out, dlse)
+        dq, dk, dv = grads_of_keys(kv, plan.slices, None, flying)
+        dkv = torch.cat([dk, dv], dim=2)
+        returning: list[Tensor] = []
+        for stage, following in zip(plan.stages, (*plan.stages[1:], None)):
+            coming = [] if following is None else [_cast(kv, following, group, [dout, *launched])]
+            dq, dk, dv = grads_of_keys(wait(*flying), stage.slices, dq, coming + returning[-1:])
+            launched = [group_reduce([dk, dv], stage.splits, group, stage.send_rows.shape[0], coming or launched)]
+            returning += launched
             flying = coming
-        for stage, arrived in zip(stages, returning):
-            own = own + _ops.range_scatter_reduce(wait(arrived), stage.send_ranges, own.shape[0])
-        dk, dv = own.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
-        dsink = sink_gradient(sink, lse, delta) if sink is not None else None
+        for stage, arrived in zip(plan.stages, returning):
+            dkv = dkv + _ops.range_scatter_reduce(wait(arrived), stage.send_ranges, dkv.shape[0])
+
+        dk, dv = dkv.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
+        dsink = None if sink is None else sink_gradient(sink, lse, delta)
         return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None
 
 
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-def _cast(kv: Tensor, stage, group: str, after: list[Tensor]) -> Tensor:
+def _cast(kv: Tensor, stage: Stage, group: str, after: list[Tensor]) -> Tensor:
     return group_cast(kv, stage.send_ranges, stage.splits, group, stage.recv_rows.shape[0], after)
 
 
@@ -180,9 +177,21 @@ def attend(
     """
     group = group_name(mesh)
     if isinstance(q, DTensor):
-        options = {"softmax_scale": softmax_scale, "softcap": softcap, "deterministic": deterministic}
-        local = lambda q, k, v, sink: attend(q, k, v, plan, mesh, sink=sink, **options)  # noqa: E731
-        return heads_local(local, q, k, v, sink, group)
+
+        def attend_local(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+            return attend(
+                q,
+                k,
+                v,
+                plan,
+                mesh,
+                sink=sink,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+                deterministic=deterministic,
+            )
+
+        return heads_local(attend_local, q, k, v, sink, group)
     _check(q, k, v, sink, plan, mesh)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     return _Attend.apply(q, k, v, sink, plan, group, scale, softcap, deterministic)

@@ -55,9 +55,9 @@ def _(q_ranges: Any, k_ranges: Any, attn_type_map: Any) -> Sequence[Sharding]:
 def heads_local(
     function: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
     q: DTensor,
-    k: DTensor,
-    v: DTensor,
-    sink: DTensor | None,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """`function` on the local parts of q, k, v and sink, its results put together again.
@@ -69,7 +69,7 @@ def heads_local(
         ValueError: other placements, or different ones for q, k and v.
     """
     mesh = q.device_mesh
-    names = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
+    names: list[str] = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
     if group not in names:
         raise ValueError(f"mesh must be a dimension of the device mesh of q, {mesh}")
     rows = names.index(group)
@@ -91,7 +91,7 @@ def heads_local(
                 )
     placed = tuple(q.placements)
     sink_placed = sink_grad = None
-    if sink is not None:
+    if isinstance(sink, DTensor):
         sink_placed = tuple(sink.placements)
         # Each rank of the group knows the part of its own rows.
         sink_grad = tuple(Partial() if dim == rows else p for dim, p in enumerate(sink_placed))
