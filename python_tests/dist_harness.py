@@ -1,4 +1,4 @@
-"""How do the tests run in several real processes? `run(world_size, case, ...)` calls a function on each rank, on gloo.
+"""How do the tests run in several real processes? `run(world_size, case, ...)` calls a function on each rank.
 
 The processes of one world size start once a session and take case after case; torch is imported once, in the server
 that they are forked from. A case is a function at the top of a module, called as `case(*args)` on each rank; its
@@ -30,19 +30,21 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.fsdp", "torch.distributed.tensor"]
 )
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, str], Pool] = {}
 
 
 class Pool:
-    """The processes of one world size."""
+    """The processes of one world size and backend."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, backend: str) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="magi_dist_")
         self.connections = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_work, args=(rank, world_size, self.folder.name, theirs), daemon=True)
+            process = _context.Process(
+                target=_work, args=(rank, world_size, backend, self.folder.name, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -91,15 +93,16 @@ class Pool:
         self.folder.cleanup()
 
 
-def run(world_size: int, case: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """`case(*args)` on each of `world_size` ranks; the results by rank."""
+def run(world_size: int, case: Callable, *args: Any, timeout: float = TIMEOUT, backend: str = "gloo") -> list[Any]:
+    """`case(*args)` on each of `world_size` ranks; the results by rank. With "nccl" each rank has a GPU of its own."""
     __tracebackhide__ = True
-    if world_size not in _pools:
-        _pools[world_size] = Pool(world_size)
+    key = world_size, backend
+    if key not in _pools:
+        _pools[key] = Pool(world_size, backend)
     try:
-        return _pools[world_size].run(case, args, timeout)
+        return _pools[key].run(case, args, timeout)
     except AssertionError:
-        del _pools[world_size]  # its processes may be in the middle of a collective
+        del _pools[key]  # its processes may be in the middle of a collective
         raise
 
 
@@ -109,7 +112,9 @@ def _close() -> None:
         pool.close()
 
 
-def _work(rank: int, world_size: int, folder: str, connection: multiprocessing.connection.Connection) -> None:
+def _work(
+    rank: int, world_size: int, backend: str, folder: str, connection: multiprocessing.connection.Connection
+) -> None:
     # Imported here: the parent needs neither torch's distributed package nor its compiler.
     import torch
     import torch.distributed as dist
@@ -119,7 +124,9 @@ def _work(rank: int, world_size: int, folder: str, connection: multiprocessing.c
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
     sys.path.insert(0, str(Path(__file__).parent))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     while True:
         try:
             module, name, args = connection.recv()

@@ -16,12 +16,13 @@ from magi_attention import Mask
 from magi_attention.dist import attend
 
 
-def step(function, plan):
+def step(function, plan, head_dim=16, v_dim=8, dtype=torch.float32):
     """Outputs and gradients of one call on this rank's rows."""
-    rows = plan.q_layout.rows
+    rows, device = plan.q_layout.rows, plan.slices.device
     g = torch.Generator().manual_seed(rows)
-    shapes = ((4, 16), (2, 16), (2, 8), (4, 8), (4,))
-    q, k, v, dout, dlse = (torch.randn(rows, *shape, generator=g) for shape in shapes)
+    shapes = ((4, head_dim), (2, head_dim), (2, v_dim), (4, v_dim), (4,))
+    *tensors, dlse = (torch.randn(rows, *shape, generator=g).to(device) for shape in shapes)
+    q, k, v, dout = (x.to(dtype) for x in tensors)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     for x in inputs:
         torch._dynamo.mark_dynamic(x, 0)
@@ -124,6 +125,27 @@ range_scatter_reduce
 wait   group_reduce 3
 range_scatter_reduce""",
         )
+
+
+def two_layers(q, k, v, plan):
+    """The second layer's rows come from the first one's, so its gradients reach back through both."""
+    first, lse = attend_here(q, k, v, plan)
+    return attend_here(
+        torch.cat([first, first], 2) + lse.clamp(min=-10)[..., None], k + first[:, :2].repeat(1, 1, 2), v, plan
+    )
+
+
+def case_two_layers():
+    compiled = torch.compile(two_layers, fullgraph=True)
+    for mask in random_masks(8):
+        plan = plan_here(mask)
+        for got, want in zip(step(compiled, plan), step(two_layers, plan)):
+            assert_close(got, want, rtol=1e-5, atol=1e-5)
+    return counters["stats"]["unique_graphs"]
+
+
+def test_two_layers_in_one_graph():
+    assert run(2, case_two_layers, timeout=240) == [1, 1]
 
 
 def case_wrong_rows():

@@ -14,21 +14,31 @@ from magi_attention.reference import Attention, assert_accurate, attention_and_g
 
 
 def case_exact(
-    mask, stages=2, heads=(4, 2), v_dim=8, sinks=0, dtype=torch.float32, seed=0, options=None, deterministic=False
+    mask,
+    stages=2,
+    heads=(4, 2),
+    head_dim=16,
+    v_dim=8,
+    sinks=0,
+    dtype=torch.float32,
+    seed=0,
+    options=None,
+    deterministic=False,
+    device="cpu",
 ):
     """out, lse and every gradient of this rank's rows, within the error contract."""
     options = options or {}
     plan = plan_here(mask, stages=stages)
-    tensors, dout, dlse = inputs(mask, heads=heads, v_dim=v_dim, sinks=sinks, dtype=dtype, seed=seed)
+    tensors, dout, dlse = inputs(mask, heads=heads, head_dim=head_dim, v_dim=v_dim, sinks=sinks, dtype=dtype, seed=seed)
     ql, kl = plan.q_layout, plan.k_layout
     args = [local(x, layout) for x, layout in zip(tensors, (ql, kl, kl))] + tensors[3:]
-    args = [x.requires_grad_() for x in args]
+    args = [x.to(device, copy=True).requires_grad_() for x in args]
     sink = args[3] if sinks else None
-    out, lse = attend(*args[:3], plan, dist.group.WORLD, sink=sink, deterministic=deterministic, **options)
+    out, lse = attend(*args[:3], plan.to(device), dist.group.WORLD, sink=sink, deterministic=deterministic, **options)
     # Padding is rows without keys.
     assert not out[ql.num_owned :].any()
     assert sinks or bool((lse[ql.num_owned :] == -torch.inf).all())
-    grads = torch.autograd.grad([out, lse], args, [local(dout, ql), local(dlse, ql)])
+    grads = torch.autograd.grad([out, lse], args, [local(x, ql).to(device) for x in (dout, dlse)])
     if sinks:
         dist.all_reduce(grads[3])
     got = Attention(out, lse, *grads)
@@ -54,7 +64,7 @@ def case_exact(
 @pytest.mark.parametrize("stages", [1, 3])
 def test_random_masks(world_size, stages):
     for seed, mask in enumerate(random_masks(16)):
-        run(world_size, case_exact, mask, stages, (4, 2), 8, 0, torch.float32, seed)
+        run(world_size, case_exact, mask, stages, (4, 2), 16, 8, 0, torch.float32, seed)
 
 
 def case_options():
