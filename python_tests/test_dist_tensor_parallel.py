@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from dist_data import inputs, local, random_masks
+from dist_data import inputs, local, plan_here, random_masks
 from dist_harness import run
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -116,6 +116,23 @@ def _all_heads(x, mesh):
 @pytest.mark.parametrize("backend, graphs", [(None, 0), ("inductor", 1)])
 def test_rows_and_heads(backend, graphs):
     assert run(4, case_rows_and_heads, backend, 8, timeout=240) == [graphs] * 4
+
+
+def case_rows_alone():
+    """A mesh of one dimension: rows are split, heads are not."""
+    mesh = init_device_mesh("cpu", (2,))
+    mask = Mask.causal(50)
+    plan = plan_here(mask)
+    tensors, dout, dlse = inputs(mask, sinks=1)
+    q, k, v = (local(x, plan.q_layout) for x in tensors[:3])
+    placed = [DTensor.from_local(x, mesh, [Shard(0)]) for x in (q, k, v)]
+    got = attend(*placed, plan, mesh, sink=distribute_tensor(tensors[3], mesh, [Replicate()]))
+    for x, right in zip(got, attend(q, k, v, plan, mesh, sink=tensors[3])):
+        assert x.placements == (Shard(0),) and torch.equal(x.to_local(), right)
+
+
+def test_rows_alone():
+    run(2, case_rows_alone)
 
 
 def case_refusals():
