@@ -188,7 +188,7 @@ def timing() -> list[dict]:
             grid = [layout.total, layout.chunk, world, layout.chunks.shape[1]]
             for _ in range(5):
                 start = time.perf_counter()
-                chunks = torch.ops.magi.plan_ownership(mask.slices, grid, mask.total_k, CONFIG.costs())
+                chunks = torch.ops.magi.plan_ownership([mask.slices], [1.0], grid, mask.total_k, CONFIG.costs())
                 middle = time.perf_counter()
                 torch.ops.magi.plan_tables(
                     mask.slices, chunks, chunks, grid, grid, world // 2, CONFIG.stages, CONFIG.costs()

@@ -100,7 +100,7 @@ TEST(Tables, EveryCellOnceOnRandomMasks) {
         const int total = 20 + static_cast<int>(seed * 7 % 70), world = 1 + static_cast<int>(seed % 16);
         const Grid grid = grid_of(total, 1 + static_cast<int>(seed % 9), world);
         const std::vector<Slice> mask = random_bands(total, total, seed);
-        const Demand demand = demand_of(mask, grid);
+        const Demand demand = demand_of(mask, grid, grid.total);
         for (const Ownership& chunks : {assign_chunks(demand, grid, kCost), dealt_round_robin(grid)}) {
             check_plan(mask, grid, chunks, grid, chunks, 1 + static_cast<int>(seed % 4));
         }
@@ -111,10 +111,9 @@ TEST(Tables, QueriesAndKeysMayLiveApart) {
     for (unsigned seed = 0; seed < 40; ++seed) {
         const Grid q_grid = grid_of(60, 7, 4), k_grid = grid_of(35, 4, 4);
         const std::vector<Slice> mask = random_bands(60, 35, seed);
-        std::vector<Slice> transposed;
-        for (const Slice& s : mask) transposed.push_back(transpose(s));
-        check_plan(mask, q_grid, assign_chunks(demand_of(mask, q_grid), q_grid, kCost), k_grid,
-                   assign_chunks(demand_of(transposed, k_grid), k_grid, kCost), 2);
+        const Demand demand = demand_of(mask, q_grid, k_grid.total);
+        const Ownership q = assign_chunks(demand, q_grid, kCost);
+        check_plan(mask, q_grid, q, k_grid, assign_keys(demand, q_grid, q, k_grid), 2);
     }
 }
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magi_attention.mask import Mask
-from magi_attention.plan import HardwareProfile, Plan, PlanCache, PlanConfig, build_plan, choose_stages, survey
+from magi_attention.plan import (
+    HardwareProfile,
+    Plan,
+    PlanCache,
+    PlanConfig,
+    build_plan,
+    build_plans,
+    choose_stages,
+    survey,
+)
 
 
 def rows_of(ranges: Tensor) -> Tensor:
@@ -271,3 +280,38 @@ def test_command_prints_the_table(
     runpy.run_module("magi_attention.plan", run_name="__main__")
     printed = capsys.readouterr().out
     assert "area imbalance" in printed and "remote rows, worst rank" in printed
+
+
+def test_one_layout_for_several_masks() -> None:
+    window, causal = Mask.sliding_window(2048, 63, 0), Mask.causal(2048)
+    config = PlanConfig(chunk=32)
+    plans = [build_plans([window, causal], weights=[5, 1], world_size=4, rank=r, config=config) for r in range(4)]
+    for both in plans:
+        assert both[0].q_layout is both[1].q_layout is both[0].k_layout
+    mostly_window, mostly_causal = (
+        build_plans([window, causal], weights=weights, world_size=4, rank=0, config=config)
+        for weights in ([1000, 1], [1, 1000])
+    )
+    assert mostly_window[0].remote_rows.sum() < mostly_causal[0].remote_rows.sum()
+    assert mostly_causal[1].imbalance < 1.02 < mostly_window[1].imbalance
+
+
+def test_keys_of_cross_attention_live_where_they_are_needed() -> None:
+    blocks = [[100 * i, 100 * (i + 1)] for i in range(4)], [[20 * i, 20 * (i + 1)] for i in range(4)]
+    mask = Mask.from_slices(*blocks, "full")
+    plans = check(mask, 4, PlanConfig(chunk=50))
+    assert plans[0].remote_rows.sum() == 0 or plans[0].k_layout.chunk > 20
+
+
+@pytest.mark.parametrize(
+    ("masks", "weights", "message"),
+    [
+        ([], None, "masks must hold at least one"),
+        ([Mask.causal(8)], [0.0], "weights must be one positive number"),
+        ([Mask.causal(8)], [1, 2], "weights must be one positive number"),
+        ([Mask.causal(8), Mask.causal(9)], None, "masks must have equal lengths"),
+    ],
+)
+def test_errors_of_several_masks(masks: list[Mask], weights: list[float] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_plans(masks, weights=weights, world_size=2, rank=0)

@@ -83,13 +83,41 @@ Tensor slices_overlap(const Tensor& slices) {
     return longs_of(slices, {first, second}, {2});
 }
 
-Tensor plan_ownership(const Tensor& slices, std::vector<int64_t> q_grid, int64_t total_k, std::vector<double> cost) {
-    const plan::Grid grid = check_grid(q_grid, "q_grid");
-    const Tensor table = check_host_slices(slices, grid.total, total_k);
-    const plan::Ownership chunks = plan::assign_chunks(plan::demand_of(span_of(table), grid), grid, check_cost(cost));
-    Tensor out = new_empty(slices, {grid.world, grid.slots}, ScalarType::Int);
+// Masks of one length, weighted, that share an ownership.
+plan::Demand check_masks(const std::vector<Tensor>& slices, const std::vector<double>& weights, const plan::Grid& grid, int64_t total_k) {
+    MAGI_CHECK(!slices.empty(), "slices must hold at least one mask, got none");
+    MAGI_CHECK(slices.size() == weights.size(), "weights must be one number for each of ", slices.size(), " masks, got ", weights.size());
+    MAGI_CHECK(0 <= total_k && total_k < kMaxRows, "total_k must be in [0, 2**29), got ", total_k);
+    std::vector<Tensor> tables;
+    std::vector<plan::WeightedMask> masks;
+    for (size_t i = 0; i < slices.size(); ++i) {
+        MAGI_CHECK(weights[i] > 0, "weights must be positive, got ", weights[i]);
+        tables.push_back(check_host_slices(slices[i], grid.total, total_k));
+        masks.push_back({span_of(tables.back()), weights[i]});
+    }
+    return plan::demand_of(masks, grid, static_cast<int>(total_k));
+}
+
+Tensor chunk_table(const Tensor& like, const plan::Ownership& chunks, const plan::Grid& grid) {
+    Tensor out = new_empty(like, {grid.world, grid.slots}, ScalarType::Int);
     std::copy(chunks.begin(), chunks.end(), static_cast<int*>(out.data_ptr()));
     return out;
+}
+
+Tensor plan_ownership(std::vector<Tensor> slices, std::vector<double> weights, std::vector<int64_t> q_grid, int64_t total_k,
+                      std::vector<double> cost) {
+    const plan::Grid grid = check_grid(q_grid, "q_grid");
+    const plan::Demand demand = check_masks(slices, weights, grid, total_k);
+    return chunk_table(slices[0], plan::assign_chunks(demand, grid, check_cost(cost)), grid);
+}
+
+Tensor plan_key_ownership(std::vector<Tensor> slices, std::vector<double> weights, const Tensor& q_chunks, std::vector<int64_t> q_grid,
+                          std::vector<int64_t> k_grid) {
+    const plan::Grid q = check_grid(q_grid, "q_grid"), k = check_grid(k_grid, "k_grid");
+    MAGI_CHECK(q.world == k.world, "k_grid must have the world_size of q_grid, ", q.world, ", got ", k.world);
+    const plan::Demand demand = check_masks(slices, weights, q, k.total);
+    const Tensor table = check_table(q_chunks, q.slots, "q_chunks");
+    return chunk_table(slices[0], plan::assign_keys(demand, q, check_chunks(table, q, "q_chunks"), k), k);
 }
 
 // A mask whose rows and keys have owners.
@@ -172,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor> plan_overview(const Tensor& slices, const Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def("slices_area(Tensor slices) -> Tensor");
     m.def("slices_overlap(Tensor slices) -> Tensor");
-    m.def("plan_ownership(Tensor slices, int[] q_grid, int total_k, float[] cost) -> Tensor");
+    m.def("plan_ownership(Tensor[] slices, float[] weights, int[] q_grid, int total_k, float[] cost) -> Tensor");
+    m.def("plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
     m.def(
         "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages, float[] cost) "
         "-> Tensor[]");
@@ -185,6 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("slices_area", TORCH_BOX(&magi::slices_area));
     m.impl("slices_overlap", TORCH_BOX(&magi::slices_overlap));
     m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
+    m.impl("plan_key_ownership", TORCH_BOX(&magi::plan_key_ownership));
     m.impl("plan_tables", TORCH_BOX(&magi::plan_tables));
     m.impl("plan_overview", TORCH_BOX(&magi::plan_overview));
 }

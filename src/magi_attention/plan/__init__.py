@@ -4,7 +4,7 @@ Planning needs no GPU and no process group, and every rank finds the same answer
 dataloader worker. The arithmetic is in csrc/plan.
 """
 
-from magi_attention.plan.build import PlanCache, build_plan
+from magi_attention.plan.build import PlanCache, build_plan, build_plans
 from magi_attention.plan.config import HardwareProfile, PlanConfig
 from magi_attention.plan.overview import Overview, choose_stages, survey
 from magi_attention.plan.tables import Layout, Plan, Stage
@@ -18,6 +18,7 @@ __all__ = [
     "PlanConfig",
     "Stage",
     "build_plan",
+    "build_plans",
     "choose_stages",
     "survey",
 ]

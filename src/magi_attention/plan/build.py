@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,35 +61,51 @@ class PlanArguments:
 
 
 def plan_arguments(
-    mask: MaskLike, world_size: int, rank: int, config: PlanConfig | None, layout_of: Plan | None
-) -> PlanArguments:
+    masks: Sequence[MaskLike],
+    weights: Sequence[float],
+    world_size: int,
+    rank: int,
+    config: PlanConfig | None,
+    layout_of: Plan | None,
+) -> list[PlanArguments]:
     """Checks what `build_plan` was given, and decides who owns which rows. ValueError names what is wrong."""
     config = PlanConfig() if config is None else config
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    slices, total_q, total_k = mask.slices, mask.total_q, mask.total_k
-    if slices.device.type != "cpu" or slices.dtype != torch.int32 or slices.dim() != 2 or slices.shape[1] != 6:
-        raise ValueError(
-            f"mask.slices must be int32 [n, 6] on the CPU, got {slices.dtype} {list(slices.shape)} on {slices.device}"
-        )
+    if not masks:
+        raise ValueError("masks must hold at least one mask, got none")
+    if len(weights) != len(masks) or not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"weights must be one positive number for each of {len(masks)} masks, got {list(weights)}")
+    total_q, total_k = masks[0].total_q, masks[0].total_k
+    for mask in masks:
+        slices = mask.slices
+        if slices.device.type != "cpu" or slices.dtype != torch.int32 or slices.dim() != 2 or slices.shape[1] != 6:
+            raise ValueError(
+                "mask.slices must be int32 [n, 6] on the CPU, "
+                f"got {slices.dtype} {list(slices.shape)} on {slices.device}"
+            )
+        if (mask.total_q, mask.total_k) != (total_q, total_k):
+            raise ValueError(
+                f"masks must have equal lengths to share their rows, got {total_q} x {total_k} "
+                f"and {mask.total_q} x {mask.total_k}"
+            )
     if layout_of is not None:
         q, k = layout_of.q_layout, layout_of.k_layout
         given, expected = (q.world_size, q.total, k.total), (world_size, total_q, total_k)
         if given != expected:
             raise ValueError(f"layout_of must have world_size, total_q, total_k = {expected}, got {given}")
-        return PlanArguments(slices, _grid_of(q), _grid_of(k), q.chunks, k.chunks, config)
-
-    q_grid, k_grid = _grid(total_q, world_size, config), _grid(total_k, world_size, config)
-    assign = torch.ops.magi.plan_ownership
-    q_chunks = assign(slices, q_grid, total_k, config.costs())
-    if total_q == total_k:
-        return PlanArguments(slices, q_grid, k_grid, q_chunks, q_chunks, config)
-    # Transposed, the keys ask for rows: they are dealt like rows are.
-    q0, q1, k0, k1, lo, hi = slices.unbind(1)
-    transposed = torch.stack([k0, k1, q0, q1, -hi, -lo], dim=1)
-    return PlanArguments(slices, q_grid, k_grid, q_chunks, assign(transposed, k_grid, total_q, config.costs()), config)
+        owned = _grid_of(q), _grid_of(k), q.chunks, k.chunks
+    else:
+        q_grid, k_grid = _grid(total_q, world_size, config), _grid(total_k, world_size, config)
+        slices_of = [mask.slices for mask in masks]
+        q_chunks = torch.ops.magi.plan_ownership(slices_of, list(weights), q_grid, total_k, config.costs())
+        k_chunks = q_chunks
+        if total_q != total_k:
+            k_chunks = torch.ops.magi.plan_key_ownership(slices_of, list(weights), q_chunks, q_grid, k_grid)
+        owned = q_grid, k_grid, q_chunks, k_chunks
+    return [PlanArguments(mask.slices, *owned, config) for mask in masks]
 
 
 def build_plan(
@@ -109,7 +126,7 @@ def build_plan(
         world_size, rank: of the context-parallel group.
         config: see `PlanConfig`.
         layout_of: a plan whose layouts this one takes over, so that both serve the same dispatched rows (a model whose
-            layers have different masks); by default the layouts are chosen for this mask.
+            layers have different masks); by default the layouts are chosen for this mask. See also `build_plans`.
 
     Raises:
         ValueError: names the argument that is wrong, before anything is planned.
@@ -119,7 +136,41 @@ def build_plan(
         >>> plan.q_layout.rows, round(plan.imbalance, 3)
         (1024, 1.0)
     """
-    call = plan_arguments(mask, world_size, rank, config, layout_of)
+    return _plan(plan_arguments([mask], [1.0], world_size, rank, config, layout_of)[0], rank, layout_of)
+
+
+def build_plans(
+    masks: Sequence[MaskLike],
+    *,
+    weights: Sequence[float] | None = None,
+    world_size: int,
+    rank: int,
+    config: PlanConfig | None = None,
+) -> tuple[Plan, ...]:
+    """Plans for several masks over the same rows, with one layout that serves all of them as well as it can.
+
+    For a model whose layers have different masks, say windows and full attention: its rows are dispatched once. What
+    is made equal among ranks is the weighted sum over the masks; a single mask may then be less balanced.
+
+    Args:
+        masks: of equal lengths, at least one.
+        weights: how often the model applies each; equal by default.
+        world_size, rank, config: as in `build_plan`, and so are the errors.
+
+    Example:
+        >>> window, full = Mask.sliding_window(4096, 127, 0), Mask.causal(4096)
+        >>> plans = build_plans([window, full], weights=[5, 1], world_size=4, rank=0)
+        >>> plans[0].q_layout is plans[1].q_layout
+        True
+    """
+    weights = [1.0] * len(masks) if weights is None else weights
+    plans: list[Plan] = []
+    for call in plan_arguments(masks, weights, world_size, rank, config, None):
+        plans.append(_plan(call, rank, plans[0] if plans else None))
+    return tuple(plans)
+
+
+def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
     out = torch.ops.magi.plan_tables(*call.tables, rank, call.config.stages, call.config.costs())
     if layout_of is not None and layout_of.rank == rank:
         q_layout, k_layout = layout_of.q_layout, layout_of.k_layout

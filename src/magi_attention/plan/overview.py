@@ -118,7 +118,7 @@ def survey(
         >>> survey(Mask.causal(4096), world_size=4).rows.sum().item() > 0
         True
     """
-    call = plan_arguments(mask, world_size, 0, config, layout_of)
+    (call,) = plan_arguments([mask], [1.0], world_size, 0, config, layout_of)
     rows, areas, pieces = torch.ops.magi.plan_overview(*call.tables, call.config.stages, call.config.costs())
     total_q, chunk = call.q_grid[:2]
     return Overview(call.q_chunks, total_q, call.k_grid[0], chunk, rows, areas, pieces, call.config)
