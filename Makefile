@@ -24,7 +24,7 @@ $(TOOLS):
 		|| { echo "Python >= 3.10 is needed, $$($(PYTHON) -V) was found: make PYTHON=/path/to/python3"; exit 1; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) 'scikit-build-core>=0.10' 'cmake>=3.24' ninja
+	$(PIP) --no-compile $(TORCH) 'scikit-build-core>=0.10' 'cmake>=3.24' ninja
 	@touch $@
 
 $(READY): $(TOOLS) $(SOURCES)
