@@ -131,9 +131,30 @@ def masks(draw: st.DrawFn) -> Mask:
 
 
 @settings(max_examples=100, deadline=None)
-@given(masks(), st.integers(1, 16), st.integers(1, 40), st.integers(1, 4))
-def test_every_cell_once_on_random_masks(mask: Mask, world_size: int, chunk: int, stages: int) -> None:
-    check(mask, world_size, PlanConfig(chunk=chunk, stages=stages))
+@given(masks(), st.integers(1, 16), st.integers(1, 40), st.integers(1, 4), st.sampled_from([0.0, 0.25, 1.0]))
+def test_every_cell_once_on_random_masks(mask: Mask, world_size: int, chunk: int, stages: int, spare: float) -> None:
+    check(mask, world_size, PlanConfig(chunk=chunk, stages=stages, spare=spare))
+
+
+@pytest.mark.parametrize("name", ["documents", "prefix", "cross attention", "rows without keys"])
+def test_attention_in_stages_is_attention(name: str) -> None:
+    """All ranks in one process: partial results of the stages, merged, are attention under the whole mask."""
+    mask, config = MASKS[name], PlanConfig(chunk=8, stages=2)
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(mask.total_q, 2, 16, generator=random, dtype=torch.float64)
+    k, v = torch.randn(2, mask.total_k, 1, 16, generator=random, dtype=torch.float64)
+    out, lse = torch.ops.magi.ffa.slices(q, k, v, mask.slices)
+    plans = plan_all(mask, 4, config)
+    for plan in plans:
+        rows, own = rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
+        partial = torch.ops.magi.ffa.slices(q[rows], k[own], v[own], plan.slices)
+        for number, stage in enumerate(plan.stages):
+            keys = received_keys(plans, plan.rank, number)
+            partial = torch.ops.magi.merge_partials(
+                *partial, *torch.ops.magi.ffa.slices(q[rows], k[keys], v[keys], stage.slices)
+            )
+        torch.testing.assert_close(partial[0], out[rows], rtol=0, atol=1e-12)
+        torch.testing.assert_close(partial[1], lse[rows], rtol=0, atol=1e-12)
 
 
 def test_contiguous_rows_need_few_slices() -> None:
@@ -178,7 +199,7 @@ def test_errors_name_the_argument(arguments: dict[str, int], message: str) -> No
 
 
 def test_config_errors_name_the_field() -> None:
-    for bad in ({"chunk": 0}, {"stages": 0}, {"heads": (8, 0)}, {"head_dim": 0}):
+    for bad in ({"chunk": 0}, {"stages": 0}, {"heads": (8, 0)}, {"head_dim": 0}, {"spare": -1.0}, {"slack": -1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             PlanConfig(**bad)  # type: ignore[arg-type]
 

@@ -5,11 +5,13 @@ dataloader worker. The arithmetic is in csrc/plan.
 """
 
 from magi_attention.plan.build import PlanCache, build_plan, build_plans
-from magi_attention.plan.config import HardwareProfile, PlanConfig
+from magi_attention.plan.config import H200_INFINIBAND, H200_NVLINK, HardwareProfile, PlanConfig
 from magi_attention.plan.overview import Overview, choose_stages, survey
 from magi_attention.plan.tables import Layout, Plan, Stage
 
 __all__ = [
+    "H200_INFINIBAND",
+    "H200_NVLINK",
     "HardwareProfile",
     "Layout",
     "Overview",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class MaskLike(Protocol):
 
 def _grid(total: int, world_size: int, config: PlanConfig) -> list[int]:
     chunk = config.chunk_rows(total, world_size)
-    return [total, chunk, world_size, max(1, -(-total // (chunk * world_size)))]
+    equal_share = max(1, -(-total // (chunk * world_size)))
+    return [total, chunk, world_size, math.ceil(equal_share * (1 + config.spare))]
 
 
 def _grid_of(layout: Layout) -> list[int]:

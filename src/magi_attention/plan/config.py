@@ -35,6 +35,10 @@ class HardwareProfile:
                 raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
 
 
+H200_NVLINK = HardwareProfile()  # eight GPUs of one host, NCCL all-to-all of 16 MB and more
+H200_INFINIBAND = HardwareProfile(bandwidth=45e9, launch=80e-6)  # one 400 Gb/s adapter for each GPU
+
+
 @dataclass(frozen=True)
 class PlanConfig:
     """How to plan.
@@ -42,6 +46,9 @@ class PlanConfig:
     Attributes:
         chunk: rows that move to a rank together. By default a 64th of a rank's rows in whole tiles of 128, from 128 to
             512; short sequences get smaller chunks, so that every rank has at least 16.
+        spare: slots that every rank has beyond an equal share, as a share of it. With 0 all ranks own equally many
+            chunks; with 0.25 a rank may own up to a quarter more rows, and others fewer, where that moves or takes
+            less. Local tensors have room for the most on every rank.
         stages: remote stages, fixed for a compiled function. The communication of one overlaps the compute before it.
         heads: query heads and key/value heads of the model; with `head_dim` and `profile` they weigh compute
             against communication.
@@ -51,6 +58,7 @@ class PlanConfig:
     """
 
     chunk: int | None = None
+    spare: float = 0.0
     stages: int = 2
     heads: tuple[int, int] = (32, 8)
     head_dim: int = 128
@@ -60,6 +68,8 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 row, got {self.chunk}")
+        if not 0 <= self.spare <= 1:
+            raise ValueError(f"spare must be a share between 0 and 1, got {self.spare}")
         if not 1 <= self.stages <= 64:
             raise ValueError(f"stages must be between 1 and 64, got {self.stages}")
         if len(self.heads) != 2 or min(self.heads) < 1:

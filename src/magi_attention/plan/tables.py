@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,14 +38,17 @@ class _Tables:
         for name in self._unbacked:
             _mark(getattr(self, name))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # By value: a tensor would travel between processes as a shared-memory handle each, which takes longer to open
+        # than a plan takes to build.
+        state = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v.numpy() if isinstance(v, Tensor) and v.device.type == "cpu" else v for k, v in state.items()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
         # Marks are attributes of the tensor object: they are lost between processes.
-        self.__dict__.update(state)
         for name in self._unbacked:
             _mark(getattr(self, name))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     def _parts(self) -> Iterator[object]:
         for f in fields(self):  # type: ignore[arg-type]
@@ -204,7 +209,7 @@ class Plan(_Tables):
 
 
 def _replace(layout: Layout, **changes: Any) -> Layout:
-    return Layout(**{**layout.__getstate__(), **changes})
+    return dataclasses.replace(layout, **changes)
 
 
 def _move(tables: list[Tensor], device: torch.device) -> list[Tensor]:
