@@ -123,7 +123,7 @@ def case_rows_alone():
     mesh = init_device_mesh("cpu", (2,))
     mask = Mask.causal(50)
     plan = plan_here(mask)
-    tensors, dout, dlse = inputs(mask, sinks=1)
+    tensors, _, _ = inputs(mask, sinks=1)
     q, k, v = (local(x, plan.q_layout) for x in tensors[:3])
     placed = [DTensor.from_local(x, mesh, [Shard(0)]) for x in (q, k, v)]
     got = attend(*placed, plan, mesh, sink=distribute_tensor(tensors[3], mesh, [Replicate()]))
