@@ -11,7 +11,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from magi_attention import Mask
 from magi_attention.dist import dispatch, position_ids, roll, undispatch
 
-TOTALS = (61, 64, 3, 1, 128)  # ragged, even, fewer rows than ranks, one row, several slots a rank
+# Length and spare slots: ragged, even, fewer rows than ranks, one row, several slots a rank, unequal shares.
+LAYOUTS = ((61, 0.0), (64, 0.0), (3, 0.0), (1, 0.0), (128, 0.0), (200, 0.5))
 
 
 def sequence(total, seed=0):
@@ -21,8 +22,8 @@ def sequence(total, seed=0):
 
 def case_round_trip():
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    for total in TOTALS:
-        plan = plan_here(Mask.causal(total))
+    for total, spare in LAYOUTS:
+        plan = plan_here(Mask.causal(total), spare=spare)
         layout, group = plan.q_layout, dist.group.WORLD
         x, weight = sequence(total), sequence(total, seed=1).detach()
         y = dispatch(x, plan, group)
@@ -58,8 +59,8 @@ def test_round_trip(world_size):
 
 
 def case_roll():
-    for total in TOTALS:
-        plan = plan_here(Mask.causal(total))
+    for total, spare in LAYOUTS:
+        plan = plan_here(Mask.causal(total), spare=spare)
         layout, group = plan.q_layout, dist.group.WORLD
         x, weight = sequence(total).detach(), sequence(total, seed=1).detach()
         rows = local(x, layout)
@@ -80,8 +81,8 @@ def test_roll(world_size):
 
 def case_shards():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for total in TOTALS:
-        plan = plan_here(Mask.causal(total))
+    for total, spare in LAYOUTS:
+        plan = plan_here(Mask.causal(total), spare=spare)
         x, weight = sequence(total).detach(), sequence(total, seed=1).detach()
         sharded = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
         y = dispatch(sharded, plan, mesh)
