@@ -70,9 +70,10 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
     a.scale = static_cast<float>(p.softmax_scale);
     a.softcap = static_cast<float>(p.softcap);
+    a.ones = p.dtype == Dtype::kBF16 ? 0x3f803f80u : 0x3c003c00u;
     const int64_t work = (int64_t)a.table.num_tiles * a.num_heads;
     const unsigned blocks = (unsigned)std::min<int64_t>(work, std::max(1, num_sms(device) - p.sm_margin));
-    launch(forward, {blocks}, 384, smem, stream, a);
+    launch(forward, {blocks}, 384, smem, stream, a, /*overlap=*/true);
 }
 
 }  // namespace magi::cuda

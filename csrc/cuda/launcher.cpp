@@ -18,6 +18,18 @@ using Handle = void*;
 constexpr int kComputeMajor = 75, kComputeMinor = 76, kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_*
 constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+struct LaunchAttribute {  // CUlaunchAttribute
+    int id;
+    alignas(8) int value[16];
+};
+struct LaunchConfig {  // CUlaunchConfig
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, smem;
+    Handle stream;
+    LaunchAttribute* attributes;
+    unsigned num_attributes;
+};
+constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
 struct Driver {
     Result (*error_string)(Result, const char**);
     Result (*init)(unsigned);
@@ -28,8 +40,7 @@ struct Driver {
     Result (*library_load)(Handle*, const void*, void*, void**, unsigned, void*, void**, unsigned);
     Result (*library_kernel)(Handle*, Handle, const char*);
     Result (*kernel_set)(int, int, Handle, int);
-    Result (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
-                     void**);
+    Result (*launch)(const LaunchConfig*, Handle, void**, void**);
     Result (*memset8)(unsigned long long, unsigned char, size_t, Handle);
     Result (*encode_tiled)(TensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                            const uint32_t*, int, int, int, int);
@@ -58,7 +69,7 @@ const Driver& driver() {
         load(lib, "cuLibraryLoadData", d.library_load);
         load(lib, "cuLibraryGetKernel", d.library_kernel);
         load(lib, "cuKernelSetAttribute", d.kernel_set);
-        load(lib, "cuLaunchKernel", d.launch);
+        load(lib, "cuLaunchKernelEx", d.launch);
         load(lib, "cuMemsetD8Async", d.memset8);
         load(lib, "cuTensorMapEncodeTiled", d.encode_tiled);
         d.init(0);
@@ -170,11 +181,13 @@ void* kernel(const std::string& variant, const char* entry, int device, unsigned
     return r.kernels[{variant, entry, device}] = kernel;
 }
 
-void launch_raw(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const void* args) {
+void launch_raw(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const void* args,
+                bool overlap) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     void* params[] = {const_cast<void*>(args)};
-    check(driver().launch(kernel, grid.x, grid.y, grid.z, threads, 1, 1, smem, stream, params, nullptr),
-          "cuLaunchKernel");
+    LaunchAttribute early{kProgrammaticSerialization, {1}};
+    const LaunchConfig config{grid.x, grid.y, grid.z, threads, 1, 1, smem, stream, &early, overlap ? 1u : 0u};
+    check(driver().launch(&config, kernel, params, nullptr), "cuLaunchKernelEx");
 }
 
 void zero(void* data, size_t bytes, void* stream) {

@@ -24,11 +24,14 @@ void* kernel(const std::string& variant, const char* entry, int device, unsigned
 struct Grid {
     unsigned x = 1, y = 1, z = 1;
 };
-void launch_raw(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const void* args);
+// overlap: blocks may start before the kernel ahead of it in the stream has ended; the kernel waits for that itself
+// (wait_for_earlier_kernels in ptx.cuh) before it touches memory.
+void launch_raw(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const void* args, bool overlap);
 template <class Args>
-void launch(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const Args& args) {
+void launch(void* kernel, Grid grid, unsigned threads, unsigned smem, void* stream, const Args& args,
+            bool overlap = false) {
     static_assert(sizeof(Args) <= 4096, "kernel parameters");
-    launch_raw(kernel, grid, threads, smem, stream, &args);
+    launch_raw(kernel, grid, threads, smem, stream, &args, overlap);
 }
 void zero(void* data, size_t bytes, void* stream);
 

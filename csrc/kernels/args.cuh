@@ -35,7 +35,7 @@ struct ForwardArgs {
     const float* lse_prev;
     float scale_log2;  // softmax_scale * log2(e); variants with a transform use the next two instead
     float scale, softcap;
-    unsigned zero;  // 0, unknown to the compiler
+    unsigned ones;  // two elements of 1, unknown to the compiler
 };
 
 // rows.cu: memory-bound row movement. Ranges are [num_ranges, 2] begin, end.

@@ -11,29 +11,16 @@
 // are scaled and capped one by one, for softcap and for scales that are not positive).
 #include "ptx.cuh"
 #include "wgmma.cuh"
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef SECTION
-#define SECTION 0
-#endif
-#ifndef KEYS
-#define KEYS 128
-#endif
-#ifndef PREGS
-#define PREGS 72
-#define CREGS 216
-#endif
 
 namespace magi {
 
 using T = ELEMENT;
 constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
 constexpr int kConsumers = 2;           // warpgroups of 64 rows
-constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = KEYS, kStages = STAGES;
+constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = kForwardKeys, kStages = kForwardStages;
 static_assert(kTileRows == kRows * kConsumers);
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = PREGS, kConsumerRegisters = CREGS;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 constexpr int kScores = kKeys / 2, kOuts = HEAD_DIM / 2;  // accumulators of a thread
 constexpr int kTurnBarrier = 1;                           // named barriers kTurnBarrier + consumer
 
@@ -64,14 +51,13 @@ struct Ring {
     }
 };
 
-// ---- producer -----------------------------------------------------------------------------------------------------
+// ---- producer ----
 struct Item {  // a tile of one head
     int head, row0, first, num_slices, num_steps;
 };
 __device__ Item item_of(const ForwardArgs& a, int work) {
-    const int section_heads = SECTION ? SECTION : a.section_heads;
-    const int section = work / (a.table.num_tiles * section_heads), first_head = section * section_heads;
-    const int heads = min(section_heads, a.num_heads - first_head), at = work - first_head * a.table.num_tiles;
+    const int section = work / (a.table.num_tiles * a.section_heads), first_head = section * a.section_heads;
+    const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * a.table.num_tiles;
     const int4 tile = __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
     return {first_head + at % heads, tile.x, tile.y, tile.z, tile.w};
 }
@@ -83,14 +69,23 @@ __device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
 }
 
 __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
+    wait_for_earlier_kernels();  // the one that builds the table
     const int total = a.table.num_tiles * a.num_heads;
     Ring ring;
-    int work = blockIdx.x, next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+    int work = blockIdx.x;
     Item item = item_of(a, min(work, total - 1));
     u32 round = 0;
     for (; work < total; ++round) {
-        const Item next_item = item_of(a, min(next, total - 1));  // arrives while this tile is loaded
-        const int after_next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
+        // enough to arrive before this one ends.
+        int next = -1, steps_left = item.num_steps;
+        Item next_item;
+        auto look_ahead = [&] {
+            if (steps_left <= 4 && next < 0)
+                next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+            else if (steps_left <= 2)
+                next_item = item_of(a, min(next, total - 1));
+        };
         const int row1 = min(item.row0 + kTileRows, a.num_q), kv_head = item.head / a.heads_per_kv;
         auto load_q = [&] {
 #pragma unroll
@@ -120,7 +115,8 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
             for (int w = 0; w < kConsumers; ++w)
                 full[w] = full_steps(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), a.num_q), keys.begin);
             int key0 = keys.begin;
-            for (int j = 0; key0 < keys.end; ++j, key0 += kKeys) {
+            for (int j = 0; key0 < keys.end; ++j, key0 += kKeys, --steps_left) {
+                look_ahead();
                 barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
                 Step& step = s.step[ring.stage];
                 step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
@@ -144,7 +140,9 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
                 ring.advance();
             }
         }
-        work = next, next = after_next, item = next_item;
+        look_ahead();
+        look_ahead();
+        work = next, item = next_item;
     }
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
@@ -154,11 +152,12 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
     }
 }
 
-// ---- consumers
-// ----------------------------------------------------------------------------------------------------------------------
+// ---- consumers ----
 constexpr float kSlack = 8;  // log2 units that a score may exceed the maximum in use
 constexpr float kLimit =
     1 << 15;  // of the sum of a thread's weights: more than 2^kSlack times them all, less than f16 holds
+
+enum Mode { kPlain, kCareful, kMasked };  // of a consumer's step
 
 struct Rows {       // softmax state of a thread's two rows, r and r + 8
     float most[2];  // the maximum in use: at most kSlack below the true one
@@ -333,6 +332,8 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
     u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
     float sum[2];
     Rows rows;
+    u32 ones;
+    asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
 
     auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
     auto pass_turn = [&] { named_arrive(kTurnBarrier + (w + 1) % kConsumers, 256); };
@@ -367,30 +368,30 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
 #pragma unroll
         for (int i = 0; i < kOuts; ++i) o[i] = 0;
-        auto keys_done = [&] {
-            __syncwarp();
-            release(s.k_free[ring.stage]);
-            if (--left == 0) release(s.q_free[w]);
-        };
         // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
         // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
         // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
         // maximum moves first. Returns whether the outputs have to be rescaled.
-        auto weigh = [&](int met) {
+        auto weigh = [&](Mode mode) {
             if (TRANSFORM) transform_scores(a, d);
-            bool careful = met == kTilePartial || fresh, grew = false;
-            if (met == kTilePartial) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
-            keys_done();
+            bool grew = false;
+            if (mode != kPlain) {
+                if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
+                __syncwarp();  // all lanes have read the step
+                grew = move_maximum(scale, slack, d, rows);
+                fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+            }
+            release(s.k_free[ring.stage]);
+            --left;
             for (;;) {
-                if (careful) {
-                    grew = move_maximum(scale, slack, d, rows);
-                    fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
-                }
                 weigh_scores(scale, d, rows, next_p, sum);
-                if (careful || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
-                careful = true;
+                if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
+                grew = move_maximum(scale, slack, d, rows);
+                mode = kCareful;
             }
         };
+        // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
+        auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
         auto accept = [&](bool grew) {  // after the product that reads p
             if (grew) {
 #pragma unroll
@@ -401,19 +402,16 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
 #pragma unroll
             for (int i = 0; i < kKeys / 16; ++i)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) p[i][e] = next_p[i][e] ^ a.zero;
+                for (int e = 0; e < 4; ++e) p[i][e] = times_one<T>(next_p[i][e], ones);
         };
-        if (left == 0) {
-            __syncwarp();
-            release(s.q_free[w]);
-        }
         while (left > 0) {
             barrier_wait(s.k_full[ring.stage], ring.parity);
             int met = met_at(ring.stage);
             if ((met & 3) == kTileEmpty) {
                 take_turn();
                 pass_turn();
-                keys_done();
+                release(s.k_free[ring.stage]);
+                --left;
                 barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
                 release(s.v_free[ring.stage]);
                 ring.advance();
@@ -424,19 +422,18 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             pass_turn();
             wgmma_wait<0>();
             pin(d);
-            accept(weigh(met & 3));
-            int full_left = met >> 2;
+            accept(weigh(mode_of(met)));
+            int full_left = fresh ? 0 : met >> 2;  // steps that need no look
             Ring v_ring = ring;
             ring.advance();
             while (left > 0) {
                 barrier_wait(s.k_full[ring.stage], ring.parity);
-                if (--full_left >= 0) {
-                    met = kTileFull;
-                } else {
+                Mode mode = kPlain;
+                if (--full_left < 0) {
                     met = met_at(ring.stage);
                     if ((met & 3) == kTileEmpty) break;
-                    full_left = met >> 2;
-                    met &= 3;
+                    mode = mode_of(met);
+                    full_left = fresh ? 0 : met >> 2;
                 }
                 take_turn();
                 issue_scores(ring.stage);
@@ -445,7 +442,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                 pass_turn();
                 wgmma_wait<1>();
                 pin(d);
-                const bool grew = weigh(met);
+                const bool grew = weigh(mode);
                 wgmma_wait<0>();
                 pin(o);
                 release(s.v_free[v_ring.stage]);
@@ -459,6 +456,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             pin(o);
             release(s.v_free[v_ring.stage]);
         }
+        release(s.q_free[w]);
         write_rows(a, work, work.row0 + row, column, scale, rows, o);
     }
     if (w == 0) take_turn();  // the last turn passed

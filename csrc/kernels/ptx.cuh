@@ -12,8 +12,7 @@ using u64 = unsigned long long;
 
 __device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// ---- mbarriers: a phase ends when all arrivals and all expected bytes are in
-// -----------------------------------------
+// ---- mbarriers: a phase ends when all arrivals and all expected bytes are in ----
 __device__ __forceinline__ void barrier_init(u64& bar, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(&bar)), "r"(arrivals));
 }
@@ -37,8 +36,7 @@ __device__ __forceinline__ void barrier_wait(u64& bar, u32 parity) {
         : "memory");
 }
 
-// ---- named barriers: ids 1-15; 0 is __syncthreads
-// ---------------------------------------------------------------------
+// ---- named barriers: ids 1-15; 0 is __syncthreads ----
 __device__ __forceinline__ void named_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -46,9 +44,8 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- bulk copies
-// ------------------------------------------------------------------------------------------------------ One box of a
-// [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
+// ---- bulk copies ----
+// One box of a [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& bar, int dim, int head, int row) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -66,8 +63,14 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 // like it.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
-// ---- registers
-// --------------------------------------------------------------------------------------------------------
+// Kernels that are launched to overlap the end of the one before (programmatic dependent launch): the later one waits
+// before it touches memory, the earlier one says when later blocks may start.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_later_kernels_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- registers ----
 template <int N>
 __device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -77,8 +80,7 @@ __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// ---- arithmetic
-// -------------------------------------------------------------------------------------------------------
+// ---- arithmetic ----
 struct bf16 {
     u16 bits;
 };
@@ -97,6 +99,22 @@ template <>
 __device__ __forceinline__ u32 pack<f16>(float lo, float hi) {
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+// A copy that the compiler cannot merge with its source, where `ones` is two elements of 1 that it does not know; on
+// the arithmetic units, which the softmax leaves idle. Exact.
+template <class T>
+__device__ __forceinline__ u32 times_one(u32 x, u32 ones);
+template <>
+__device__ __forceinline__ u32 times_one<bf16>(u32 x, u32 ones) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(ones), "r"(0x80008000u));
+    return r;
+}
+template <>
+__device__ __forceinline__ u32 times_one<f16>(u32 x, u32 ones) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(ones), "r"(0x80008000u));
     return r;
 }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }

@@ -6,8 +6,7 @@ namespace magi {
 
 constexpr int kThreads = 256;
 
-// ---- ranges
-// -------------------------------------------------------------------------------------------------------------------------
+// ---- ranges ----
 // Exclusive running sum of the range lengths, by one block; first has room for num_ranges + 1.
 __device__ void scan_ranges(const RowRange* ranges, int num_ranges, long long* first) {
     __shared__ long long warp_sum[32];
@@ -52,8 +51,7 @@ __device__ int range_of(const long long* first, int num_ranges, long long row) {
     return low;
 }
 
-// ---- gather
-// -------------------------------------------------------------------------------------------------------------------------
+// ---- gather ----
 template <class Vec>
 __device__ void gather_rows(const GatherArgs& a) {
     __shared__ long long few[kFewRanges + 1];
@@ -99,8 +97,7 @@ extern "C" __global__ __launch_bounds__(kThreads) void gather1(const __grid_cons
     gather_rows<unsigned char>(a);
 }
 
-// ---- elements
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- elements ----
 __device__ float load_one(const void* data, int type, long long i) {
     if (type == kElementF32) return static_cast<const float*>(data)[i];
     if (type == kElementBF16) return to_float(static_cast<const bf16*>(data)[i]);
@@ -142,8 +139,7 @@ __device__ void store_eight(void* data, int type, long long i, const float (&x)[
     }
 }
 
-// ---- scatter-reduce: each row is summed once, in fp32, over its positions in ascending order
-// ------------------------------------------
+// ---- scatter-reduce: each row is summed once, in fp32, over its positions in ascending order ----
 constexpr int kScatterRows = 8, kHits = 512;
 
 template <int kWidth>
@@ -219,8 +215,7 @@ extern "C" __global__ __launch_bounds__(kThreads) void scatter1(const __grid_con
     scatter_rows<1>(a);
 }
 
-// ---- merge of two partials
-// ------------------------------------------------------------------------------------------------------------
+// ---- merge of two partials ----
 template <int kWidth>
 __device__ void merge_rows(const MergeArgs& a) {
     const int vecs = a.dim / kWidth;
@@ -291,8 +286,7 @@ extern "C" __global__ __launch_bounds__(kThreads) void delta1(const __grid_const
     delta_rows<1, 32>(a);
 }
 
-// ---- typed ranges to band slices
-// --------------------------------------------------------------------------------------------------------
+// ---- typed ranges to band slices ----
 extern "C" __global__ __launch_bounds__(kThreads) void bands(const __grid_constant__ BandArgs a) {
     const int i = blockIdx.x * kThreads + threadIdx.x;
     if (i < a.num_slices)

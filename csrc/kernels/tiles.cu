@@ -10,7 +10,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kBuckets = 1024;
 struct Smem {
     int warp_count[kWarps], warp_steps[kWarps];
     int first, last_block;
-    int bucket[kBuckets + 1];
+    int bucket[kBuckets];
 };
 
 __device__ Slice slice_at(const TilesArgs& a, int i) {
@@ -77,26 +77,31 @@ __device__ void sort_tiles(const TileTable& t, Smem& s) {
     for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) most = max(most, __ldcg(&t.unsorted[i].num_steps));
     most = __reduce_max_sync(~0u, most);
     if (threadIdx.x % 32 == 0) s.warp_count[threadIdx.x / 32] = most;
-    for (int b = threadIdx.x; b <= kBuckets; b += kThreads) s.bucket[b] = 0;
+    for (int b = threadIdx.x; b < kBuckets; b += kThreads) s.bucket[b] = 0;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) most = max(most, s.warp_count[w]);
     const float scale = float(kBuckets - 1) / float(most);
     auto bucket_of = [&](int steps) { return kBuckets - 1 - min(kBuckets - 1, int(float(steps) * scale)); };
     for (int i = threadIdx.x; i < t.num_tiles; i += kThreads)
-        atomicAdd(&s.bucket[1 + bucket_of(__ldcg(&t.unsorted[i].num_steps))], 1);
+        atomicAdd(&s.bucket[bucket_of(__ldcg(&t.unsorted[i].num_steps))], 1);
     __syncthreads();
-    if (threadIdx.x < 32) {  // running sum: bucket[b] = tiles in the buckets before b
-        int carry = 0;
-        for (int base = 0; base <= kBuckets; base += 32) {
-            const int b = base + threadIdx.x;
-            int x = b <= kBuckets ? s.bucket[b] : 0;
-            for (int step = 1; step < 32; step *= 2) {
-                const int below = __shfl_up_sync(~0u, x, step);
-                if (threadIdx.x >= step) x += below;
-            }
-            if (b <= kBuckets) s.bucket[b] = x + carry;
-            carry += __shfl_sync(~0u, x, 31);
-        }
+    // Running sum: bucket[b] = tiles in the buckets before b. Each thread owns a run of buckets.
+    constexpr int kOwn = kBuckets / kThreads;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int own[kOwn], sum = 0;
+    for (int j = 0; j < kOwn; ++j) own[j] = s.bucket[threadIdx.x * kOwn + j], sum += own[j];
+    int before = sum;
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, before, step);
+        if (lane >= step) before += below;
+    }
+    if (lane == 31) s.warp_steps[warp] = before;
+    __syncthreads();
+    before -= sum;
+    for (int w = 0; w < warp; ++w) before += s.warp_steps[w];
+    for (int j = 0; j < kOwn; ++j) {
+        s.bucket[threadIdx.x * kOwn + j] = before;
+        before += own[j];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) {
@@ -107,6 +112,7 @@ __device__ void sort_tiles(const TileTable& t, Smem& s) {
 
 extern "C" __global__ __launch_bounds__(kThreads) void tiles(const __grid_constant__ TilesArgs a) {
     __shared__ Smem s;
+    let_later_kernels_start();
     list_slices(a, s);
     __syncthreads();
     if (threadIdx.x == 0) {
