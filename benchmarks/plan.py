@@ -1,7 +1,7 @@
 """How balanced, how local and how fast are plans? Prints one table for each question; --json writes the numbers.
 
 python benchmarks/plan.py                      # everything, about two minutes
-python benchmarks/plan.py quality structure    # some of: quality structure time
+python benchmarks/plan.py quality structure    # some of: quality structure nodes time
 python benchmarks/plan.py time --draw out/plan_time.png
 
 Quality is measured on packed documents (W1) with 64:8 heads and 8,192 rows a rank, as means over packs, next to the
@@ -165,6 +165,34 @@ def structure(worlds: list[int]) -> list[dict]:
     return rows
 
 
+def nodes() -> list[dict]:
+    """Rows that a rank receives over the network, nodes of eight ranks: each to every rank that needs it, or once for each node."""
+    print("\npacked documents on nodes of 8: rows over the network, mean rank, in units of its own")
+    print(f"{'ranks':>6}  {'method':12}{'direct':>9}{'relayed':>9}{'x heap 512 relayed':>20}")
+    rows = []
+    for world in (16, 64):
+        means: dict[str, tuple[float, float]] = {}
+        for name in "heap 512", "ours":
+            direct, relayed = [], []
+            for seed in range(5):
+                mask = documents_causal(ROWS * world, seed=seed)
+                if name == "ours":
+                    layout = build_plan(mask, world_size=world, rank=0, config=CONFIG).q_layout
+                    grid, table = [layout.total, layout.chunk, world, layout.chunks.shape[1]], layout.chunks
+                else:
+                    grid, table = min_heap(mask, world, 512)
+                call = (mask.slices, table, table, grid, grid)
+                sent = torch.ops.magi.plan_overview(*call, 1, CONFIG.costs())[0][0].view(world // 8, 8, world // 8, 8)
+                direct.append(float(sent.sum((1, 3)).fill_diagonal_(0).sum()) / world / ROWS)
+                relay = [torch.ops.magi.plan_relay(*call, rank, 8, 1, CONFIG.costs())[4] for rank in range(world)]
+                relayed.append(sum(len(received) for received in relay) / world / ROWS)
+            means[name] = float(np.mean(direct)), float(np.mean(relayed))
+        for name, (far, once) in means.items():
+            print(f"{world:>6}  {name:12}{far:>9.2f}{once:>9.2f}{once / means['heap 512'][1]:>20.3f}")
+            rows.append({"table": "nodes", "world_size": world, "method": name, "direct": far, "relayed": once})
+    return rows
+
+
 TIMED = ((8, 8192), (8, 16384), (16, 16384), (64, 8192), (64, 16384), (64, 65536), (256, 16384), (1024, 16384))
 
 
@@ -253,11 +281,12 @@ def draw_times(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+TABLES = ["quality", "structure", "nodes", "time"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "tables", nargs="*", choices=["quality", "structure", "time", []], default=["quality", "structure", "time"]
-    )
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=TABLES)
     parser.add_argument(
         "--worlds", type=int, nargs="+", default=list(BARS), help="ranks of the quality table (default: %(default)s)"
     )
@@ -270,6 +299,8 @@ def main() -> None:
         rows += quality(arguments.worlds)
     if "structure" in arguments.tables:
         rows += structure([8, 64])
+    if "nodes" in arguments.tables:
+        rows += nodes()
     if "time" in arguments.tables:
         rows += timing()
     if arguments.json:

@@ -21,6 +21,7 @@ from magi_attention.plan import (
     PlanConfig,
     build_plan,
     build_plans,
+    build_relay_plan,
     choose_stages,
     survey,
 )
@@ -155,6 +156,52 @@ def test_attention_in_stages_is_attention(name: str) -> None:
             )
         torch.testing.assert_close(partial[0], out[rows], rtol=0, atol=1e-12)
         torch.testing.assert_close(partial[1], lse[rows], rtol=0, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 20), st.integers(1, 3))
+def test_relayed_rows_cross_once_and_are_attention(
+    mask: Mask, nodes: int, node_size: int, chunk: int, stages: int
+) -> None:
+    plans = plan_all(mask, nodes * node_size, PlanConfig(chunk=chunk, stages=stages))
+    relays = [build_relay_plan(plan, mask, node_size=node_size) for plan in plans]
+    local = [torch.full((plan.k_layout.rows,), -1) for plan in plans]
+    for plan, rows in zip(plans, local):
+        own = rows_of(plan.k_layout.ranges)
+        rows[: len(own)] = own
+
+    def exchange(held: list[Tensor], kind: str, stage: int) -> list[Tensor]:
+        received: list[list[Tensor]] = [[] for _ in plans]
+        for source, relay in enumerate(relays):
+            table = relay.stages[stage]
+            counts = getattr(table, f"{kind}_splits")[0].tolist()
+            sent = held[source][rows_of(getattr(table, f"{kind}_ranges"))].split(counts)
+            for target, rows in enumerate(sent):
+                received[target].append(rows)
+        return [torch.cat(parts) for parts in received]
+
+    dense = mask.dense()
+    computed = torch.zeros(dense.shape, dtype=torch.int32)
+    crossings = torch.zeros(nodes, mask.total_k, dtype=torch.int32)
+    for stage in range(-1, stages):
+        buffers = local
+        if stage >= 0:
+            relayed = exchange(local, "relay", stage)
+            for rank, rows in enumerate(relayed):
+                assert len(rows) == len(relays[rank].stages[stage].relay_rows)
+                crossings[rank // node_size].index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+            buffers = exchange([torch.cat(pair) for pair in zip(local, relayed)], "fan", stage)
+        for rank, relay in enumerate(relays):
+            rows = rows_of(plans[rank].q_layout.ranges)
+            for q0, q1, k0, k1, lo, hi in (relay.slices if stage < 0 else relay.stages[stage].slices).tolist():
+                diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
+                computed[rows[q0:q1][:, None], buffers[rank][k0:k1]] += ((diagonal >= lo) & (diagonal <= hi)).int()
+    assert torch.equal(computed, dense.int())
+    for node in range(nodes):
+        ranks = plans[node * node_size : (node + 1) * node_size]
+        needed = dense[torch.cat([rows_of(p.q_layout.ranges) for p in ranks])].any(0)
+        needed[torch.cat([rows_of(p.k_layout.ranges) for p in ranks])] = False
+        assert torch.equal(crossings[node], needed.int())
 
 
 def test_contiguous_rows_need_few_slices() -> None:

@@ -8,6 +8,7 @@
 #include "ops/checks.h"
 #include "plan/disjoint.h"
 #include "plan/ownership.h"
+#include "plan/relay.h"
 #include "plan/tables.h"
 
 namespace magi {
@@ -169,6 +170,32 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     return out;
 }
 
+// The way over nodes: slices; then for each stage slices, relay_ranges, relay_splits, relay_rows, relay_send_rows, fan_ranges,
+// fan_splits, fan_rows, fan_send_rows (the four row counts as [n, 0]).
+std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
+                               std::vector<int64_t> k_grid, int64_t rank, int64_t node_size, int64_t stages, std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    const int64_t world = call.q.world;
+    MAGI_CHECK(0 <= rank && rank < world, "rank must be in [0, ", world, "), got ", rank);
+    MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ", node_size);
+    const plan::RelayTables tables =
+        plan::make_relay_tables(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned, static_cast<int>(rank),
+                                static_cast<int>(node_size), call.stages, call.cost);
+    std::vector<Tensor> out = {table_of(slices, tables.slices)};
+    const auto push = [&](const std::vector<Range>& ranges, const std::vector<int64_t>& splits) {
+        out.push_back(table_of(slices, ranges));
+        out.push_back(longs_of(slices, splits, {2, world}));
+        out.push_back(new_empty(slices, {std::accumulate(splits.begin() + world, splits.end(), int64_t{0}), 0}, ScalarType::Int));
+        out.push_back(new_empty(slices, {std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}), 0}, ScalarType::Int));
+    };
+    for (const plan::RelayStage& stage : tables.stages) {
+        out.push_back(table_of(slices, stage.slices));
+        push(stage.relay_send, stage.relay_splits);
+        push(stage.send, stage.splits);
+    }
+    return out;
+}
+
 // What every rank's tables say together: rows from source to destination in each stage, int64 [stages, world, world]; allowed cells
 // that each rank computes in each stage, its own keys first, int64 [world, 1 + stages]; number of slices likewise.
 std::tuple<Tensor, Tensor, Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
@@ -206,6 +233,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
         "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages, float[] cost) "
         "-> Tensor[]");
     m.def(
+        "plan_relay(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int node_size, "
+        "int stages, float[] cost) -> Tensor[]");
+    m.def(
         "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int stages, float[] cost) "
         "-> (Tensor rows, Tensor areas, Tensor pieces)");
 }
@@ -216,5 +246,6 @@ STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
     m.impl("plan_key_ownership", TORCH_BOX(&magi::plan_key_ownership));
     m.impl("plan_tables", TORCH_BOX(&magi::plan_tables));
+    m.impl("plan_relay", TORCH_BOX(&magi::plan_relay));
     m.impl("plan_overview", TORCH_BOX(&magi::plan_overview));
 }

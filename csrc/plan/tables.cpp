@@ -1,157 +1,11 @@
 #include "plan/tables.h"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
-#include <tuple>
+
+#include "plan/pieces.h"
 
 namespace magi::plan {
-namespace {
-
-// The row ranges of every rank, ascending.
-class RunsByRank {
-public:
-    RunsByRank(const Runs& runs, int world) : offset_(world + 1, 0), ranges_(runs.runs.size()) {
-        for (const Run& run : runs.runs) ++offset_[run.rank + 1];
-        std::partial_sum(offset_.begin(), offset_.end(), offset_.begin());
-        std::vector<int> cursor(offset_);
-        for (const Run& run : runs.runs) ranges_[cursor[run.rank]++] = {run.begin, run.end};
-    }
-
-    std::span<const Range> of(int rank) const { return {ranges_.data() + offset_[rank], ranges_.data() + offset_[rank + 1]}; }
-
-private:
-    std::vector<int> offset_;
-    std::vector<Range> ranges_;
-};
-
-// Needed key ranges of every rank, merged, in one flat table; and the pieces of the mask that one rank computes.
-struct Needs {
-    std::vector<int> offset;       // [world + 1]
-    std::vector<Range> ranges;
-    std::vector<int64_t> area;     // [world]
-    std::vector<int64_t> own;      // [world] the part of it that needs only own keys
-    std::vector<Slice> pieces;     // of the one rank: local query rows x global keys
-};
-
-Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
-    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), std::vector<int64_t>(grid.world, 0), {}};
-    const RunsByRank owned(k_runs, grid.world);
-    std::vector<std::pair<int, Range>> found;    // in slice order
-    found.reserve(slices.size() + q_runs.runs.size());
-    for (const Slice& s : slices) {
-        if (s.q0 >= s.q1 || s.k0 >= s.k1 || s.lo > s.hi) continue;
-        for (int i = q_runs.first_reaching(s.q0); i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
-            const Run& run = q_runs.runs[i];
-            const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
-            const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
-            if (keys.begin >= keys.end) continue;
-            out.area[run.rank] += area(piece);
-            const std::span<const Range> own = owned.of(run.rank);
-            auto home = std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
-            for (; home != own.end() && home->begin < keys.end; ++home) {
-                out.own[run.rank] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
-            }
-            found.emplace_back(run.rank, keys);
-            ++out.offset[run.rank + 1];
-            if (run.rank == rank) out.pieces.push_back(shift(piece, run.local - run.begin, 0));
-        }
-    }
-    std::partial_sum(out.offset.begin(), out.offset.end(), out.offset.begin());
-    std::vector<int> cursor(out.offset);
-    out.ranges.resize(found.size());
-    for (const auto& [owner, keys] : found) out.ranges[cursor[owner]++] = keys;
-    int kept = 0;
-    for (int r = 0; r < grid.world; ++r) {
-        const int begin = out.offset[r], end = out.offset[r + 1];
-        const int merged = merge_ranges(std::span(out.ranges).subspan(begin, end - begin));
-        std::copy_n(out.ranges.begin() + begin, merged, out.ranges.begin() + kept);
-        out.offset[r] = kept;
-        kept += merged;
-    }
-    out.offset[grid.world] = kept;
-    out.ranges.resize(kept);
-    return out;
-}
-
-// Global key rows that sit together in one key buffer: buffer 0 is what the rank owns, 1 + s is stage s.
-struct Segment {
-    int begin, end, source, buffer, offset;
-};
-
-// Bounds that cut nothing off are dropped, so that slices of one shape compare equal.
-Slice normalized(Slice s) {
-    if (s.lo <= s.k0 - (s.q1 - 1)) s.lo = kNoLo;
-    if (s.hi >= s.k1 - 1 - s.q0) s.hi = kNoHi;
-    return s;
-}
-
-bool same_band_within(const Slice& part, int lo, int hi) {
-    const Slice a = normalized(part), b = normalized({part.q0, part.q1, part.k0, part.k1, lo, hi});
-    return a.lo == b.lo && a.hi == b.hi;
-}
-
-// Joins b to a where together they are one slice: side by side, with one band that describes both.
-bool join(Slice& a, const Slice& b) {
-    const bool beside = a.q0 == b.q0 && a.q1 == b.q1 && a.k1 == b.k0;
-    const bool below = a.k0 == b.k0 && a.k1 == b.k1 && a.q1 == b.q0;
-    if (!beside && !below) return false;
-    const int lo = std::max(a.lo, b.lo), hi = std::min(a.hi, b.hi);
-    if (!same_band_within(a, lo, hi) || !same_band_within(b, lo, hi)) return false;
-    a = {a.q0, b.q1, a.k0, b.k1, lo, hi};
-    return true;
-}
-
-template <typename Key>
-void join_sorted(std::vector<Slice>& slices, Key key) {
-    std::sort(slices.begin(), slices.end(), [&](const Slice& a, const Slice& b) { return key(a) < key(b); });
-    size_t count = 0;
-    for (const Slice& s : slices) {
-        if (count == 0 || !join(slices[count - 1], s)) slices[count++] = s;
-    }
-    slices.resize(count);
-}
-
-void simplify(std::vector<Slice>& slices) {
-    for (Slice& s : slices) s = normalized(s);
-    join_sorted(slices, [](const Slice& s) { return std::tuple(s.q0, s.q1, s.k0); });
-    join_sorted(slices, [](const Slice& s) { return std::tuple(s.k0, s.k1, s.q0); });
-    for (Slice& s : slices) s = normalized(hull(s));
-    std::sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) {
-        return std::tuple(a.q0, a.k0, a.q1, a.k1, a.lo, a.hi) < std::tuple(b.q0, b.k0, b.q1, b.k1, b.lo, b.hi);
-    });
-}
-
-// Where each stage of a receiver ends, counted in its remote rows. Were every row as much work as any other, stages in a ratio of
-// g would hide the communication of each behind the compute of the one before; the best of a few g is taken.
-void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends) {
-    const int stages = static_cast<int>(ends.size());
-    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};    // growth, shrinkage
-    std::vector<int64_t> trial(stages);
-    std::vector<double> areas(1 + stages), rows(stages);
-    double best = std::numeric_limits<double>::infinity();
-    for (const auto& [growth, shrinkage] : kRatios) {
-        std::vector<int64_t> weight(stages, 1);
-        for (int s = 1; s < stages; ++s) weight[s] = std::min<int64_t>(weight[s - 1] * growth, int64_t{1} << 20);
-        for (int s = stages - 2; s >= 0; --s) weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
-        const int64_t total = std::accumulate(weight.begin(), weight.end(), int64_t{0});
-        int64_t upto = 0;
-        areas[0] = static_cast<double>(own_area);
-        for (int s = 0; s < stages; ++s) {
-            upto += weight[s];
-            trial[s] = remote * upto / total;
-            rows[s] = static_cast<double>(trial[s] - (s > 0 ? trial[s - 1] : 0));
-            areas[1 + s] = remote > 0 ? static_cast<double>(remote_area) * rows[s] / static_cast<double>(remote) : 0;
-        }
-        const double time = cost.staged_time<double>(areas, rows) + cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
-        if (time < best) {
-            best = time;
-            std::copy(trial.begin(), trial.end(), ends.begin());
-        }
-    }
-}
-
-}  // namespace
 
 int64_t StageTables::num_send() const {
     return std::accumulate(splits.begin(), splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2), int64_t{0});
@@ -181,19 +35,13 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
     for (int receiver = 0; receiver < world; ++receiver) {
         arriving.clear();
         int64_t remote = 0;
-        for (int i = needs.offset[receiver]; i < needs.offset[receiver + 1]; ++i) {
-            const Range need = needs.ranges[i];
-            for (int j = k_runs.first_reaching(need.begin); j < static_cast<int>(k_runs.runs.size()); ++j) {
-                const Run& run = k_runs.runs[j];
-                if (run.begin >= need.end) break;
-                const int begin = std::max(run.begin, need.begin), end = std::min(run.end, need.end);
-                if (run.rank != receiver) remote += end - begin;
-                // Of the others' own rows nothing moves; of this rank's, the slices below need the place.
-                if (run.rank != receiver || receiver == rank) {
-                    arriving.push_back({begin, end, run.rank, 0, run.local + begin - run.begin});
-                }
+        for_each_owned(needs.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
+            if (run.rank != receiver) remote += end - begin;
+            // Of the others' own rows nothing moves; of this rank's, the slices below need the place.
+            if (run.rank != receiver || receiver == rank) {
+                arriving.push_back({begin, end, run.rank, 0, run.local + begin - run.begin});
             }
-        }
+        });
         out.ranks[receiver] = {needs.area[receiver], remote};
 
         divide(remote, needs.own[receiver], needs.area[receiver] - needs.own[receiver], cost, ends);
@@ -229,29 +77,20 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
     }
 
     // A stage's key buffer holds the rows by source rank, each source's rows ascending.
-    std::vector<std::vector<int>> place(num_stages, std::vector<int>(world, 0));
+    std::vector<std::vector<int>> free(num_stages, std::vector<int>(world, 0));
     for (int s = 0; s < num_stages; ++s) {
-        std::exclusive_scan(out.stages[s].splits.begin() + world, out.stages[s].splits.end(), place[s].begin(), 0);
+        std::exclusive_scan(out.stages[s].splits.begin() + world, out.stages[s].splits.end(), free[s].begin(), 0);
     }
     for (Segment& segment : segments) {
         if (segment.buffer == 0) continue;
-        int& next = place[segment.buffer - 1][segment.source];
+        int& next = free[segment.buffer - 1][segment.source];
         segment.offset = next;
         next += segment.end - segment.begin;
     }
 
-    for (const Slice& piece : needs.pieces) {
-        const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
-        auto segment = std::partition_point(segments.begin(), segments.end(), [&](const Segment& s) { return s.end <= keys.begin; });
-        for (; segment != segments.end() && segment->begin < keys.end; ++segment) {
-            const Slice cut = crop(piece, piece.q0, piece.q1, segment->begin, segment->end);
-            if (hull(cut).q0 == hull(cut).q1) continue;
-            (segment->buffer == 0 ? out.slices : out.stages[segment->buffer - 1].slices)
-                .push_back(shift(cut, 0, segment->offset - segment->begin));
-        }
-    }
-    simplify(out.slices);
-    for (StageTables& stage : out.stages) simplify(stage.slices);
+    std::vector<std::vector<Slice>> placed = place(needs.pieces, segments, num_stages);
+    out.slices = std::move(placed[0]);
+    for (int s = 0; s < num_stages; ++s) out.stages[s].slices = std::move(placed[1 + s]);
     return out;
 }
 

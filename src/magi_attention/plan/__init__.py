@@ -4,10 +4,10 @@ Planning needs no GPU and no process group, and every rank finds the same answer
 dataloader worker. The arithmetic is in csrc/plan.
 """
 
-from magi_attention.plan.build import PlanCache, build_plan, build_plans
+from magi_attention.plan.build import PlanCache, build_plan, build_plans, build_relay_plan
 from magi_attention.plan.config import H200_INFINIBAND, H200_NVLINK, HardwareProfile, PlanConfig
 from magi_attention.plan.overview import Overview, choose_stages, survey
-from magi_attention.plan.tables import Layout, Plan, Stage
+from magi_attention.plan.tables import Layout, Plan, RelayPlan, RelayStage, Stage
 
 __all__ = [
     "H200_INFINIBAND",
@@ -18,9 +18,12 @@ __all__ = [
     "Plan",
     "PlanCache",
     "PlanConfig",
+    "RelayPlan",
+    "RelayStage",
     "Stage",
     "build_plan",
     "build_plans",
+    "build_relay_plan",
     "choose_stages",
     "survey",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magi_attention import ops  # noqa: F401  (loads the library that holds the planner)
 from magi_attention.plan.config import PlanConfig
-from magi_attention.plan.tables import Layout, Plan, Stage
+from magi_attention.plan.tables import Layout, Plan, RelayPlan, RelayStage, Stage
 
 
 class MaskLike(Protocol):
@@ -181,6 +181,31 @@ def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
         k_layout = q_layout if call.k_chunks is call.q_chunks else _layout(call.k_grid, call.k_chunks, out[1], rank)
     stages = tuple(Stage(*out[i : i + 5]) for i in range(4, len(out), 5))
     return Plan(q_layout, k_layout, out[2], stages, call.config, out[3])
+
+
+def build_relay_plan(plan: Plan, mask: MaskLike, *, node_size: int) -> RelayPlan:
+    """The same ownership with other tables: a row crosses the network once for each node that needs it.
+
+    Args:
+        plan: gives layouts and configuration; ranks node * node_size to node * node_size + node_size - 1 share a node.
+        mask: the mask that the plan was built for.
+        node_size: ranks of a node; divides the world size.
+
+    Raises:
+        ValueError: names the argument that is wrong.
+
+    Example:
+        >>> mask = Mask.causal(4096)
+        >>> relay = build_relay_plan(build_plan(mask, world_size=8, rank=0), mask, node_size=4)
+        >>> relay.stages[0].relay_splits.shape
+        torch.Size([2, 8])
+    """
+    if node_size < 1 or plan.world_size % node_size:
+        raise ValueError(f"node_size must divide the world size {plan.world_size}, got {node_size}")
+    (call,) = plan_arguments([mask], [1.0], plan.world_size, plan.rank, plan.config, plan)
+    out = torch.ops.magi.plan_relay(*call.tables, plan.rank, node_size, call.config.stages, call.config.costs())
+    stages = tuple(RelayStage(*out[i : i + 9]) for i in range(1, len(out), 9))
+    return RelayPlan(plan.q_layout, plan.k_layout, out[0], stages, call.config, node_size)
 
 
 class PlanCache:

@@ -208,6 +208,64 @@ class Plan(_Tables):
         return overview.draw(path, mask=mask)
 
 
+@dataclass(frozen=True, eq=False)
+class RelayStage(_Tables):
+    """One stage of a `RelayPlan`: rows cross to a node once, then fan out inside it.
+
+    First every rank sends the rows of `relay_ranges` to the ranks at its place in other nodes. Then it sends the rows
+    of `fan_ranges`, which count through its own key rows (padding included) and on through the rows that it just
+    received, to the ranks of its node. Relayed rows lie by source node, ascending within; the key buffer lies by relay,
+    then by the owner's node, ascending within.
+
+    Attributes:
+        slices: int32 [n, 6], local query rows x rows of the key buffer.
+        relay_ranges, fan_ranges: int32 [m, 2], rows to send, by destination rank.
+        relay_splits, fan_splits: int64 [2, world_size], on the CPU: rows to send to and to receive from each rank. The
+            fan includes the rank itself, for rows that it relays and needs.
+        relay_rows, fan_rows: int32 [n, 0], rows received; relay_send_rows, fan_send_rows: rows sent.
+    """
+
+    slices: Tensor
+    relay_ranges: Tensor
+    relay_splits: Tensor
+    relay_rows: Tensor
+    relay_send_rows: Tensor
+    fan_ranges: Tensor
+    fan_splits: Tensor
+    fan_rows: Tensor
+    fan_send_rows: Tensor
+
+    _unbacked = (
+        "slices",
+        "relay_ranges",
+        "relay_rows",
+        "relay_send_rows",
+        "fan_ranges",
+        "fan_rows",
+        "fan_send_rows",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RelayPlan(_Tables):
+    """A plan for ranks that share nodes: rank node * node_size + place. `attend` does not take it yet.
+
+    Attributes:
+        q_layout, k_layout, slices, config: as in `Plan`.
+        node_size: ranks of a node.
+        stages: the remote stages.
+    """
+
+    q_layout: Layout
+    k_layout: Layout
+    slices: Tensor
+    stages: tuple[RelayStage, ...]
+    config: PlanConfig
+    node_size: int
+
+    _unbacked = ("slices",)
+
+
 def _replace(layout: Layout, **changes: Any) -> Layout:
     return dataclasses.replace(layout, **changes)
 

@@ -1,0 +1,145 @@
+#include "plan/pieces.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <tuple>
+
+namespace magi::plan {
+namespace {
+
+// Bounds that cut nothing off are dropped, so that slices of one shape compare equal.
+Slice normalized(Slice s) {
+    if (s.lo <= s.k0 - (s.q1 - 1)) s.lo = kNoLo;
+    if (s.hi >= s.k1 - 1 - s.q0) s.hi = kNoHi;
+    return s;
+}
+
+bool same_band_within(const Slice& part, int lo, int hi) {
+    const Slice a = normalized(part), b = normalized({part.q0, part.q1, part.k0, part.k1, lo, hi});
+    return a.lo == b.lo && a.hi == b.hi;
+}
+
+// Joins b to a where together they are one slice: side by side, with one band that describes both.
+bool join(Slice& a, const Slice& b) {
+    const bool beside = a.q0 == b.q0 && a.q1 == b.q1 && a.k1 == b.k0;
+    const bool below = a.k0 == b.k0 && a.k1 == b.k1 && a.q1 == b.q0;
+    if (!beside && !below) return false;
+    const int lo = std::max(a.lo, b.lo), hi = std::min(a.hi, b.hi);
+    if (!same_band_within(a, lo, hi) || !same_band_within(b, lo, hi)) return false;
+    a = {a.q0, b.q1, a.k0, b.k1, lo, hi};
+    return true;
+}
+
+template <typename Key>
+void join_sorted(std::vector<Slice>& slices, Key key) {
+    std::sort(slices.begin(), slices.end(), [&](const Slice& a, const Slice& b) { return key(a) < key(b); });
+    size_t count = 0;
+    for (const Slice& s : slices) {
+        if (count == 0 || !join(slices[count - 1], s)) slices[count++] = s;
+    }
+    slices.resize(count);
+}
+
+void simplify(std::vector<Slice>& slices) {
+    for (Slice& s : slices) s = normalized(s);
+    join_sorted(slices, [](const Slice& s) { return std::tuple(s.q0, s.q1, s.k0); });
+    join_sorted(slices, [](const Slice& s) { return std::tuple(s.k0, s.k1, s.q0); });
+    for (Slice& s : slices) s = normalized(hull(s));
+    std::sort(slices.begin(), slices.end(), [](const Slice& a, const Slice& b) {
+        return std::tuple(a.q0, a.k0, a.q1, a.k1, a.lo, a.hi) < std::tuple(b.q0, b.k0, b.q1, b.k1, b.lo, b.hi);
+    });
+}
+
+}  // namespace
+
+RunsByRank::RunsByRank(const Runs& runs, int world) : offset_(world + 1, 0), ranges_(runs.runs.size()) {
+    for (const Run& run : runs.runs) ++offset_[run.rank + 1];
+    std::partial_sum(offset_.begin(), offset_.end(), offset_.begin());
+    std::vector<int> cursor(offset_);
+    for (const Run& run : runs.runs) ranges_[cursor[run.rank]++] = {run.begin, run.end};
+}
+
+Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
+    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), std::vector<int64_t>(grid.world, 0), {}};
+    const RunsByRank owned(k_runs, grid.world);
+    std::vector<std::pair<int, Range>> found;    // in slice order
+    found.reserve(slices.size() + q_runs.runs.size());
+    for (const Slice& s : slices) {
+        if (s.q0 >= s.q1 || s.k0 >= s.k1 || s.lo > s.hi) continue;
+        for (int i = q_runs.first_reaching(s.q0); i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
+            const Run& run = q_runs.runs[i];
+            const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
+            const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+            if (keys.begin >= keys.end) continue;
+            out.area[run.rank] += area(piece);
+            const std::span<const Range> own = owned.of(run.rank);
+            auto home = std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
+            for (; home != own.end() && home->begin < keys.end; ++home) {
+                out.own[run.rank] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
+            }
+            found.emplace_back(run.rank, keys);
+            ++out.offset[run.rank + 1];
+            if (run.rank == rank) out.pieces.push_back(shift(piece, run.local - run.begin, 0));
+        }
+    }
+    std::partial_sum(out.offset.begin(), out.offset.end(), out.offset.begin());
+    std::vector<int> cursor(out.offset);
+    out.ranges.resize(found.size());
+    for (const auto& [owner, keys] : found) out.ranges[cursor[owner]++] = keys;
+    int kept = 0;
+    for (int r = 0; r < grid.world; ++r) {
+        const int begin = out.offset[r], end = out.offset[r + 1];
+        const int merged = merge_ranges(std::span(out.ranges).subspan(begin, end - begin));
+        std::copy_n(out.ranges.begin() + begin, merged, out.ranges.begin() + kept);
+        out.offset[r] = kept;
+        kept += merged;
+    }
+    out.offset[grid.world] = kept;
+    out.ranges.resize(kept);
+    return out;
+}
+
+std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments, int num_stages) {
+    std::vector<std::vector<Slice>> buffers(1 + num_stages);
+    for (const Slice& piece : pieces) {
+        const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+        auto segment = std::partition_point(segments.begin(), segments.end(), [&](const Segment& s) { return s.end <= keys.begin; });
+        for (; segment != segments.end() && segment->begin < keys.end; ++segment) {
+            const Slice cut = crop(piece, piece.q0, piece.q1, segment->begin, segment->end);
+            const Slice tight = hull(cut);
+            if (tight.q0 < tight.q1) buffers[segment->buffer].push_back(shift(cut, 0, segment->offset - segment->begin));
+        }
+    }
+    for (std::vector<Slice>& slices : buffers) simplify(slices);
+    return buffers;
+}
+
+void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends) {
+    const int stages = static_cast<int>(ends.size());
+    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};    // growth, shrinkage
+    std::vector<int64_t> trial(stages);
+    std::vector<double> areas(1 + stages), rows(stages);
+    double best = std::numeric_limits<double>::infinity();
+    for (const auto& [growth, shrinkage] : kRatios) {
+        std::vector<int64_t> weight(stages, 1);
+        for (int s = 1; s < stages; ++s) weight[s] = std::min<int64_t>(weight[s - 1] * growth, int64_t{1} << 20);
+        for (int s = stages - 2; s >= 0; --s) weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
+        const int64_t total = std::accumulate(weight.begin(), weight.end(), int64_t{0});
+        int64_t upto = 0;
+        areas[0] = static_cast<double>(own_area);
+        for (int s = 0; s < stages; ++s) {
+            upto += weight[s];
+            trial[s] = remote * upto / total;
+            rows[s] = static_cast<double>(trial[s] - (s > 0 ? trial[s - 1] : 0));
+            areas[1 + s] = remote > 0 ? static_cast<double>(remote_area) * rows[s] / static_cast<double>(remote) : 0;
+        }
+        const double time = cost.staged_time<double>(areas, rows) + cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
+        if (time < best) {
+            best = time;
+            std::copy(trial.begin(), trial.end(), ends.begin());
+        }
+    }
+}
+
+}  // namespace magi::plan
