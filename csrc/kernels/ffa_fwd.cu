@@ -249,21 +249,6 @@ __device__ __forceinline__ float log_add_exp(float x, float y) {
     return most == -infinity() ? most : most + __logf(1 + __expf(least - most));
 }
 
-// Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3.
-__device__ __forceinline__ void transpose_quad(u32 (&x)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        const u32 got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-        (odd ? x[i] : x[i + 1]) = got;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const u32 got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
-        (high ? x[i] : x[i + 2]) = got;
-    }
-}
-
 // Joins sinks and the previous partial, divides, writes out and lse.
 __device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& work, int row, int column, float scale,
                                            const Rows& rows, float (&o)[kOuts]) {

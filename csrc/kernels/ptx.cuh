@@ -56,6 +56,24 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& b
 __device__ __forceinline__ void tma_prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+// Contiguous bytes, a multiple of 16, both sides 16-byte aligned.
+__device__ __forceinline__ void bulk_load(void* dst, const void* src, u32 bytes, u64& bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_addr(dst)),
+                 "l"(src), "r"(bytes), "r"(smem_addr(&bar))
+                 : "memory");
+}
+// Adds fp32 words of shared memory to global memory, as one group of the calling thread.
+__device__ __forceinline__ void bulk_add(float* dst, const float* src, u32 bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+            dst),
+        "r"(smem_addr(src)), "r"(bytes)
+        : "memory");
+}
+// Until the thread's groups have read their source; until they are done.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -78,6 +96,41 @@ __device__ __forceinline__ void registers_grow() {
 template <int N>
 __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// ---- stores and turns ----
+// Four 8 x 8 matrices of 2-byte elements from accumulator layout to rows of 16 bytes; lane l names row l % 8 of matrix
+// l / 8.
+__device__ __forceinline__ void store_matrices(u32 row_addr, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_addr), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+__device__ __forceinline__ void store_shared(u32 addr, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+// A counter in global memory that blocks take turns by: what came before a pass is seen by who reads it.
+__device__ __forceinline__ int turn_read(const int* turn) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(turn) : "memory");
+    return x;
+}
+__device__ __forceinline__ void turn_pass(int* turn) {
+    asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+// Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3.
+__device__ __forceinline__ void transpose_quad(u32 (&x)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
+        (high ? x[i] : x[i + 2]) = got;
+    }
 }
 
 // ---- arithmetic ----

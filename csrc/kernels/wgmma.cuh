@@ -56,6 +56,8 @@ constexpr bool kIsBf16<bf16> = true;
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 " \
     "}"
 #define MAGI_D_64 MAGI_D32(0)
+#define MAGI_REGS_32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define MAGI_D_32 MAGI_D8(0), MAGI_D8(8)
 #define MAGI_REGS_128                                                                  \
     "{"                                                                                \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
@@ -68,8 +70,20 @@ constexpr bool kIsBf16<bf16> = true;
 // d = A B (+ d), one step of 16 along k; A and B in shared memory. kTrans: 0 = K-major, 1 = MN-major.
 template <class T, int N, int kTransA, int kTransB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
-    static_assert(N == 64 || N == 128, "add the instruction shape above");
-    if constexpr (N == 64 && kIsBf16<T>) {
+    static_assert(N == 32 || N == 64 || N == 128, "add the instruction shape above");
+    if constexpr (N == 32 && kIsBf16<T>) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, "
+            "0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " MAGI_REGS_32 ", %16, %17, p, 1, 1, %19, %20;\n}"
+            : MAGI_D_32
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+    } else if constexpr (N == 32 && !kIsBf16<T>) {
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " MAGI_REGS_32
+            ", %16, %17, p, 1, 1, %19, %20;\n}"
+            : MAGI_D_32
+            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+    } else if constexpr (N == 64 && kIsBf16<T>) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %34, "
             "0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64 ", %32, %33, p, 1, 1, %35, %36;\n}"

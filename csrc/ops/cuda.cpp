@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launcher.h"
+#include "ops/cuda_tensors.h"
 #include "ops/ffa.h"
 #include "ops/rows.h"
 
@@ -15,14 +15,6 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::accelerator::DeviceGuard;
 using Outputs = std::tuple<Tensor, Tensor>;
-
-Tensor scratch(const Tensor& like, size_t bytes) { return new_empty(like, {(int64_t)bytes}, ScalarType::Byte); }
-
-// A view that TMA can read, copied only where alignment or strides forbid it.
-Tensor mappable(const Tensor& t) {
-    if (t.dim() != 3 || t.numel() == 0) return t;
-    return t.stride(2) == 1 && cuda::can_map(heads_of(t)) ? t : torch::stable::clone(torch::stable::contiguous(t));
-}
 
 Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
                 const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,

@@ -1,0 +1,142 @@
+// Launches the attention backward: statistics and the transposed tile table, the persistent kernel, dq's conversion.
+#include "cuda/ffa_bwd.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/launcher.h"
+#include "kernels/ffa_bwd.cuh"
+
+namespace magi::cuda {
+namespace {
+
+int padded_dim(const AttentionShape& s) { return std::max(s.head_dim, s.v_dim) <= 64 ? 64 : 128; }
+
+// The workspace, in order. What must be zero comes first and is one fill.
+struct Workspace {
+    size_t dq, turn, zeroed, lse, delta, table, order, total;
+};
+Workspace layout(const BackwardParams& p) {
+    const AttentionShape& s = p.shape;
+    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = rows / kBackwardRows;
+    Workspace w{};
+    size_t at = 0;
+    const auto take = [&](size_t bytes) {
+        const size_t from = at;
+        at += (bytes + 255) / 256 * 256;
+        return from;
+    };
+    w.dq = take(heads * rows * padded_dim(s) * sizeof(float));
+    w.turn = take(p.deterministic ? heads * 2 * blocks * sizeof(int) : 0);
+    w.zeroed = at;
+    w.lse = take(heads * rows * sizeof(float));
+    w.delta = take(heads * rows * sizeof(float));
+    w.table = take(table_bytes(s.num_k, kBackwardKeys, p.num_slices));
+    w.order = take(p.deterministic ? ceil_div(s.num_k, kBackwardKeys) * blocks * sizeof(unsigned short) : 0);
+    w.total = at;
+    return w;
+}
+
+}  // namespace
+
+void check_backward_support(const BackwardParams& p) {
+    const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
+    if (p.dtype != Dtype::kBF16 && p.dtype != Dtype::kF16)
+        fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
+    for (const auto& [name, dim] : {std::pair{"q", p.shape.head_dim}, {"v", p.shape.v_dim}})
+        if (dim > 128 || dim % 8 != 0)
+            fail(std::string(name) +
+                 " must have a head dimension that is a multiple of 8 and at most 128 on CUDA, got " +
+                 std::to_string(dim));
+}
+
+size_t backward_workspace(const BackwardParams& p) { return layout(p).total; }
+
+void ffa_backward(const BackwardParams& p, void* workspace, int device) {
+    const AttentionShape& shape = p.shape;
+    void* stream = current_stream(device);
+    const Workspace at = layout(p);
+    char* base = static_cast<char*>(workspace);
+    const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
+    const std::string variant = "ffa_bwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
+                                (p.softcap > 0 ? "_softcap" : "") + (p.deterministic ? "_ordered" : "");
+    const unsigned smem = backward_smem(dim);
+    void* backward = kernel(variant, "ffa_bwd", device, smem);
+    float* const dq = reinterpret_cast<float*>(base + at.dq);
+
+    if (shape.num_q > 0) zero(base, at.zeroed, stream);
+    if (shape.num_k > 0) {
+        BackwardArgs a{};
+        a.table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k, kBackwardKeys,
+                              kBackwardRows, true, device, stream);
+        a.lse_log2 = reinterpret_cast<float*>(base + at.lse);
+        a.delta = reinterpret_cast<float*>(base + at.delta);
+        a.rows_pad = rows_pad;
+        if (shape.num_q > 0) {
+            const BackwardStatsArgs stats{static_cast<const float*>(p.lse), static_cast<const float*>(p.delta),
+                                          reinterpret_cast<float*>(base + at.lse), reinterpret_cast<float*>(base + at.delta),
+                                          shape.num_q, shape.num_q_heads, rows_pad};
+            launch(kernel("ffa_bwd_rows", "backward_stats", device, 0),
+                   {(unsigned)ceil_div(rows_pad, 32), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream, stats);
+            a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kBackwardRows);
+            a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, kBackwardRows);
+        }
+        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kBackwardKeys);
+        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kBackwardKeys);
+        a.slices = p.slices;
+        a.num_slices = p.num_slices;
+        a.num_q = shape.num_q;
+        a.num_k = shape.num_k;
+        a.num_kv_heads = shape.num_kv_heads;
+        a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
+        a.head_dim = shape.head_dim;
+        a.v_dim = shape.v_dim;
+        // Heads whose q, dout and dq rows fit half of the L2 cache together run side by side.
+        constexpr int64_t kCacheBytes = 28 << 20;
+        const int64_t head_bytes = std::max<int64_t>(1, 8LL * shape.num_q * a.heads_per_kv * dim);
+        a.section_heads = (int)std::clamp<int64_t>(kCacheBytes / head_bytes, 1, shape.num_kv_heads);
+        a.dq = dq;
+        a.dk = p.dk.data;
+        a.dv = p.dv.data;
+        a.dk_row_stride = p.dk.row_stride;
+        a.dk_head_stride = p.dk.head_stride;
+        a.dv_row_stride = p.dv.row_stride;
+        a.dv_head_stride = p.dv.head_stride;
+        a.grad_is_float = p.grad_dtype == Dtype::kF32;
+        a.scale = static_cast<float>(p.softmax_scale);
+        a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+        a.softcap = static_cast<float>(p.softcap);
+        if (p.deterministic) {
+            a.turn = reinterpret_cast<int*>(base + at.turn);
+            a.order = reinterpret_cast<unsigned short*>(base + at.order);
+            const int blocks = rows_pad / kBackwardRows;
+            launch(kernel("ffa_bwd_rows", "backward_order", device, 0), {(unsigned)ceil_div(blocks, 64)}, 64, 0, stream,
+                   BackwardOrderArgs{a.table, p.slices, p.num_slices, shape.num_q, shape.num_k, blocks,
+                                     reinterpret_cast<unsigned short*>(base + at.order)});
+        }
+        const int64_t work = (int64_t)a.table.num_tiles * a.num_kv_heads;
+        const unsigned blocks = (unsigned)std::min<int64_t>(work, std::max(1, num_sms(device) - p.sm_margin));
+        launch(backward, {blocks}, 384, smem, stream, a);
+    }
+    if (shape.num_q > 0) {
+        BackwardFinishArgs f{};
+        f.dq = dq;
+        f.dq_prev = p.dq_prev;
+        f.out = p.dq.data;
+        f.out_row_stride = p.dq.row_stride;
+        f.out_head_stride = p.dq.head_stride;
+        f.num_q = shape.num_q;
+        f.num_heads = shape.num_q_heads;
+        f.head_dim = shape.head_dim;
+        f.padded_dim = dim;
+        f.rows_pad = rows_pad;
+        f.type = p.dtype == Dtype::kBF16 ? kElementBF16 : kElementF16;
+        f.is_float = p.grad_dtype == Dtype::kF32;
+        f.scale = static_cast<float>(p.softmax_scale);
+        const int64_t items = (int64_t)ceil_div(shape.num_q, 4) * 4 * (dim / 16);
+        launch(kernel("ffa_bwd_rows", "backward_finish", device, 0),
+               {(unsigned)((items + 255) / 256), (unsigned)shape.num_q_heads}, 256, 0, stream, f);
+    }
+}
+
+}  // namespace magi::cuda

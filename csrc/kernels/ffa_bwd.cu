@@ -1,0 +1,447 @@
+// Attention backward over band slices. A persistent block owns 128 keys of one kv head, walks the q rows of every slice
+// that touches them for every query head of the group, and writes dk and dv once (zeros where nobody attends): no
+// atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh).
+//
+// One producer thread streams Q, dO, lse and delta by TMA and says what each visit of 64 rows looks like; two consumer
+// warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as accumulator rows, so that P^T
+// feeds dV from registers; dS^T goes through swizzled shared memory, where it is the A operand of dK (K-major) and of
+// dQ (MN-major; each warpgroup takes half of the columns). The products of the next visit are queued behind dK of this
+// one, so the tensor cores run while dq is stored. (The order of products follows FlashAttention-3's backward, arXiv
+// 2407.08608.)
+//
+// Deterministic variants add the visits of a block of rows in ascending key order. Work is handed out in that order by
+// a counter to blocks that already run, and a visit waits only for work handed out earlier: the earliest unfinished
+// work waits for nobody, so nobody waits forever, however few blocks are resident.
+//
+// Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, SOFTCAP 0 or 1,
+// DETERMINISTIC 0 or 1.
+#include "ffa_bwd.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace magi {
+
+using T = ELEMENT;
+constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
+constexpr int kConsumers = 2;           // warpgroups of 64 keys
+constexpr int kKeys = kBackwardKeys, kRows = kBackwardRows, kStages = kBackwardStages;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = HEAD_DIM == 128 ? 32 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
+constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;   // accumulators of a thread
+constexpr int kDqColumns = HEAD_DIM / 2;                   // of one consumer
+constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;       // where a visit may start
+enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
+constexpr int kBulkBytes = kRows * kDqColumns * 4;
+
+struct Item {  // a tile of keys of one kv head
+    int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
+};
+struct Visit {  // 64 rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1)
+    int row0, head, masked, order;
+    int first, last, lo, hi, key0, key1, spare0, spare1;
+};
+struct Plan {  // the producer's notes: it has few registers
+    int next, index, kv_head, head;
+    int tile_key0, tile_key1, first, num_slices;  // of the tile
+    int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
+};
+struct DqJob {  // a consumer's share of dq, for its storer
+    float* to;  // null: no more
+    int* turn;
+    int order;
+};
+
+struct Smem {
+    u16 k[kHalves][kKeys * 64], v[kHalves][kKeys * 64];
+    u16 q[kStages][kHalves][kRows * 64], dout[kStages][kHalves][kRows * 64];
+    u16 ds[2][kKeys * kRows];  // [key][row], swizzled by hand
+    float dq[kConsumers][kRows * kDqColumns];
+    float lse[kStages][kRows], delta[kStages][kRows];
+    Visit visit[kStages];
+    Item item;
+    Plan plan;
+    DqJob job[kConsumers];
+    u64 kv_full, kv_free, q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
+};
+static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM) && kStages == 2);
+
+// ---- producer
+// -----------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int i) {
+    if (first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, true);
+    const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first + i);
+    const int4 x = __ldg(entry), y = __ldg(entry + 1);
+    return {x.x, x.y, x.z, x.w, y.x, y.y};
+}
+
+// One visit: q and dout rows [row0, row0 + 64), and what of them the consumers may use.
+__device__ __forceinline__ void load_visit(const BackwardArgs& a, Smem& s, int row0, int stage, u32 parity) {
+    const Plan& plan = s.plan;
+    const int head = plan.head;
+    barrier_wait(s.q_free[stage], parity);
+    Visit& visit = s.visit[stage];
+    visit.row0 = row0;
+    visit.head = head;
+    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1;
+    visit.first = plan.row0 - row0;
+    visit.last = min(plan.row1 - row0, kRows);
+    visit.key0 = plan.key0;
+    visit.key1 = plan.key1;
+    masked |= plan.key0 > 0 || plan.key1 < kKeys;
+    const int lo = row0 - plan.hi, hi = row0 - plan.lo;  // of key - row within the tile
+    visit.lo = lo;
+    visit.hi = hi;
+    visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
+    if (DETERMINISTIC) {
+        const int block = row0 / kRows;
+        int order = a.order[static_cast<long long>(plan.index) * (a.rows_pad / kRows) + block];
+        for (int j = 0; j < plan.slice; ++j) {  // this tile's earlier visits of the block
+            const Range rows = tile_columns(slice_at(a, plan.first, j), plan.tile_key0, plan.tile_key1);
+            order += rows.begin < rows.end && rows.begin / kRows <= block && block <= (rows.end - 1) / kRows;
+        }
+        visit.order = order;
+    }
+    barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
+    for (int h = 0; h < kHalves; ++h) tma_load(s.q[stage][h], a.q, s.q_full[stage], 64 * h, head, row0);
+    bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(head) * a.rows_pad + row0, sizeof(s.lse[0]),
+              s.q_full[stage]);
+    barrier_wait(s.dout_free[stage], parity);
+    barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
+    for (int h = 0; h < kHalves; ++h) tma_load(s.dout[stage][h], a.dout, s.dout_full[stage], 64 * h, head, row0);
+    bulk_load(s.delta[stage], a.delta + static_cast<long long>(head) * a.rows_pad + row0, sizeof(s.delta[0]),
+              s.dout_full[stage]);
+}
+
+__device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
+
+__device__ void load_visits(const BackwardArgs& a, Smem& s) {
+    Plan& plan = s.plan;
+    int stage = 0;
+    u32 parity = 1, kv_parity = 1;
+    plan.next = take_work(a);
+    while (plan.next < a.table.num_tiles * a.num_kv_heads) {
+        {
+            const int work = plan.next, first_head = work / (a.table.num_tiles * a.section_heads) * a.section_heads;
+            const int heads = min(a.section_heads, a.num_kv_heads - first_head);
+            const int at = work - first_head * a.table.num_tiles;
+            plan.index = at / heads;
+            plan.kv_head = first_head + at % heads;
+        }
+        {
+            const int4 tile = __ldg(
+                reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
+            plan.tile_key0 = tile.x;
+            plan.tile_key1 = min(tile.x + kKeys, a.num_k);
+            plan.first = tile.y;
+            plan.num_slices = tile.z;
+        }
+        plan.next = take_work(a);
+        int visits = 0;
+        for (int i = 0; i < plan.num_slices; ++i) {
+            const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
+            if (rows.begin < rows.end) visits += ceil_div(rows.end - (rows.begin & -kRowAlign), kRows);
+        }
+        visits *= a.heads_per_kv;
+        barrier_wait(s.kv_free, kv_parity);
+        kv_parity ^= 1;
+        s.item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
+        barrier_arrive_expect(s.kv_full, visits ? sizeof(s.k) + sizeof(s.v) : 0);
+        if (visits == 0) continue;
+        for (int h = 0; h < kHalves; ++h) {
+            tma_load(s.k[h], a.k, s.kv_full, 64 * h, plan.kv_head, plan.tile_key0);
+            tma_load(s.v[h], a.v, s.kv_full, 64 * h, plan.kv_head, plan.tile_key0);
+        }
+        plan.head = plan.kv_head * a.heads_per_kv;
+        for (int left = a.heads_per_kv; left > 0; --left) {
+            for (plan.slice = 0; plan.slice < plan.num_slices; ++plan.slice) {
+                {
+                    const Slice x = slice_at(a, plan.first, plan.slice);  // transposed: its rows are keys
+                    const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
+                    if (rows.begin >= rows.end) continue;
+                    plan.row0 = rows.begin;
+                    plan.row1 = rows.end;
+                    plan.key0 = max(x.q0 - plan.tile_key0, 0);
+                    plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
+                    plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
+                    plan.hi = x.hi + plan.tile_key0;
+                }
+                const int begin = plan.row0 & -kRowAlign;
+                if (DETERMINISTIC) {
+                    for (int row0 = (plan.row1 - 1) & -kRows; row0 >= begin; row0 -= kRows) {
+                        load_visit(a, s, row0, stage, parity);
+                        stage ^= 1;
+                        parity ^= stage == 0;
+                    }
+                } else {
+                    for (int row0 = begin; row0 < plan.row1; row0 += kRows) {
+                        load_visit(a, s, row0, stage, parity);
+                        stage ^= 1;
+                        parity ^= stage == 0;
+                    }
+                }
+            }
+            plan.head = plan.head + 1;
+        }
+    }
+    barrier_wait(s.kv_free, kv_parity);
+    s.item = {0, 0, 0, -1};
+    barrier_arrive(s.kv_full);
+}
+
+// ---- storers: one warp a consumer adds its dq tiles to the workspace
+// ----------------------------------------------------------------------------------------------------------------
+__device__ void store_dq(Smem& s, int w) {
+    const bool leader = threadIdx.x % 32 == 0;
+    named_arrive(kDqFree + w, 160);
+    for (;;) {
+        named_sync(kDqReady + w, 160);
+        const DqJob job = s.job[w];
+        if (!job.to) break;
+        if (leader) {
+            if (DETERMINISTIC) {
+                while ((turn_read(job.turn) & 0xffff) != (job.order & 0xffff)) __nanosleep(20);
+            }
+            bulk_add(job.to, s.dq[w], kBulkBytes);
+            bulk_wait_read();
+        }
+        __syncwarp();
+        named_arrive(kDqFree + w, 160);
+        if (DETERMINISTIC && leader) {
+            bulk_wait();  // the sum is in memory
+            turn_pass(job.turn);
+        }
+    }
+    if (leader) bulk_wait();
+}
+
+// ---- consumers
+// ----------------------------------------------------------------------------------------------------------------------
+// p = exp2(score - lse), both in log2 units.
+__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float* lse, int column, float (&p)[kScores]) {
+    const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+        const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + column);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            float& x = p[4 * j + e];
+            const float minus = e % 2 ? l.y : l.x;
+            if (SOFTCAP)
+                x = exp2_fast(outer - __fdividef(2 * outer, exp2_fast(x * inner) + 1) - minus);  // cap * tanh(x / cap)
+            else
+                x = exp2_fast(x * a.scale_log2 - minus);
+        }
+    }
+}
+
+__device__ __forceinline__ void mask_probabilities(const Visit& visit, int key, int column, float (&p)[kScores]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int j = key + 8 * h;  // within the tile
+        const int begin = max(visit.first, j - visit.hi), end = min(visit.last, j - visit.lo + 1);
+        const u32 length = j >= visit.key0 && j < visit.key1 ? max(end - begin, 0) : 0;
+#pragma unroll
+        for (int y = 0; y < kRows / 8; ++y)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (static_cast<u32>(8 * y + column + e - begin) >= length) p[4 * y + 2 * h + e] = 0;
+    }
+}
+
+// ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
+__device__ __forceinline__ void score_gradients(const BackwardArgs& a, const float* delta, const float* lse, int column,
+                                                const float (&p)[kScores], float (&dp)[kScores]) {
+    const float per_cap = 1 / (a.softcap * kLog2e);
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+        const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j + column);
+        const float2 l = SOFTCAP ? *reinterpret_cast<const float2*>(lse + 8 * j + column) : float2{};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float x = p[4 * j + e];
+            float ds = x * (dp[4 * j + e] - (e % 2 ? d.y : d.x));
+            if (SOFTCAP) {
+                const float tanh = (__log2f(x) + (e % 2 ? l.y : l.x)) * per_cap;
+                ds = x > 0 ? ds * (1 - tanh * tanh) : 0.f;
+            }
+            dp[4 * j + e] = ds;
+        }
+    }
+}
+
+// Rows of dk or dv: this thread's keys key and key + 8 of the tile.
+__device__ __forceinline__ void write_keys(const BackwardArgs& a, const Item& item, int key, float scale, void* to,
+                                           long long row_stride, long long head_stride, int dim, float (&d)[kOuts]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const bool valid = key + 8 * e < item.num_keys;
+        const long long at = (item.key0 + key + 8 * e) * row_stride + item.kv_head * head_stride;
+        if (a.grad_is_float) {
+            float* out = static_cast<float*>(to) + at + lane % 4 * 2;
+#pragma unroll
+            for (int i = 2 * e; i < kOuts; i += 4)
+                if (valid && i / 4 * 8 < dim)
+                    *reinterpret_cast<float2*>(out + i / 4 * 8) = make_float2(d[i] * scale, d[i + 1] * scale);
+        } else {
+            u16* out = static_cast<u16*>(to) + at;
+#pragma unroll
+            for (int b = 0; b < kOuts; b += 16) {  // four blocks of eight columns: 16 bytes a lane
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = pack<T>(d[b + 4 * i + 2 * e] * scale, d[b + 4 * i + 2 * e + 1] * scale);
+                transpose_quad(x, lane);
+                const int c = b * 2 + lane % 4 * 8;
+                if (valid && c < dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+    }
+}
+
+__device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int key = 64 * w + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
+    float dk[kOuts], dv[kOuts], p[kScores], dp[kScores];
+    float dq[kDqColumns / 2];
+    u32 a_dv[kRows / 16][4];
+    u32 keys = smem_addr(s.k[0]) + 8192 * w;
+    u32 key_columns = HEAD_DIM == 128 ? smem_addr(s.k[w * (kHalves - 1)]) : smem_addr(s.k[0]) + 64 * w;
+    // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds keys + 8 (m & 1), rows + 8 (m >> 1).
+    const int ds_key = 64 * w + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, ds_chunk = lane / 16;
+    int stage = 0;
+    u32 parity = 0, kv_parity = 0;
+
+    auto release = [&](u64& bar) {
+        if (lane == 0) barrier_arrive(bar);  // every warp by itself
+    };
+    for (;;) {
+        barrier_wait(s.kv_full, kv_parity);
+        kv_parity ^= 1;
+        const int num_visits = uniform(s.item.num_visits);
+        if (num_visits < 0) break;
+#pragma unroll
+        for (int i = 0; i < kOuts; ++i) dk[i] = dv[i] = 0;
+        pin(dk);
+        pin(dv);
+        for (int n = 0; n < num_visits; ++n) {
+            asm volatile("" : "+r"(keys), "+r"(key_columns));  // descriptors are rebuilt: there are no registers to keep them
+            const u32 q = smem_addr(s.q[stage][0]), dout = smem_addr(s.dout[stage][0]), ds = smem_addr(s.ds[stage]);
+            barrier_wait(s.q_full[stage], parity);
+            wgmma_fence();
+#pragma unroll
+            for (int x = 0; x < HEAD_DIM / 16; ++x)
+                wgmma_ss<T, kRows, 0, 0>(p, descriptor(keys + x / 4 * sizeof(s.k[0]) + 32 * (x % 4), 16, 1024),
+                                         descriptor(q + x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4), 16, 1024), x);
+            wgmma_commit();
+            barrier_wait(s.dout_full[stage], parity);
+            wgmma_fence();
+#pragma unroll
+            for (int x = 0; x < HEAD_DIM / 16; ++x)
+                wgmma_ss<T, kRows, 0, 0>(
+                    dp, descriptor(keys + sizeof(s.k) + x / 4 * sizeof(s.k[0]) + 32 * (x % 4), 16, 1024),
+                    descriptor(dout + x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4), 16, 1024), x);
+            wgmma_commit();
+            wgmma_wait<1>();  // S, and dK of the visit before
+            pin(p);
+            pin(dk);
+            if (n > 0) release(s.q_free[stage ^ 1]);
+
+            probabilities(a, s.lse[stage], column, p);
+            if (s.visit[stage].masked) mask_probabilities(s.visit[stage], key, column, p);
+#pragma unroll
+            for (int x = 0; x < kRows / 16; ++x)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) a_dv[x][e] = pack<T>(p[8 * x + 2 * e], p[8 * x + 2 * e + 1]);
+            wgmma_fence();
+#pragma unroll
+            for (int x = 0; x < kRows / 16; ++x)
+                wgmma_rs<T, HEAD_DIM, 1>(dv, a_dv[x], descriptor(dout + 2048 * x, sizeof(s.dout[0][0]), 1024), 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            pin(dp);
+            score_gradients(a, s.delta[stage], s.lse[stage], column, p, dp);
+#pragma unroll
+            for (int x = 0; x < kRows / 16; ++x) {
+                u32 b[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) b[e] = pack<T>(dp[8 * x + 2 * e], dp[8 * x + 2 * e + 1]);
+                store_matrices(ds + ds_key * 128 + (((2 * x + ds_chunk) ^ (ds_key & 7)) << 4), b);
+            }
+            fence_async_shared();
+            named_sync(kDsReady, 256);
+            wgmma_fence();
+#pragma unroll
+            for (int x = 0; x < kKeys / 16; ++x)
+                wgmma_ss<T, kDqColumns, 1, 1>(dq, descriptor(ds + 2048 * x, 16, 1024),
+                                              descriptor(key_columns + 2048 * x, 16, 1024), x);
+            wgmma_commit();
+#pragma unroll
+            for (int x = 0; x < kRows / 16; ++x)
+                wgmma_ss<T, HEAD_DIM, 0, 1>(dk, descriptor(ds + 8192 * w + 32 * x, 16, 1024),
+                                            descriptor(q + 2048 * x, sizeof(s.q[0][0]), 1024), 1);
+            wgmma_commit();
+            wgmma_wait<1>();  // dV and dQ
+            pin(dq);
+            pin(dv);
+            release(s.dout_free[stage]);
+
+            named_sync(kDqFree + w, 160);  // the storer has read the tile before
+            const u32 to = smem_addr(s.dq[w]) + (thread / 32 * 16 + lane / 4) / 4 * (16 * kDqColumns) + lane / 4 % 4 * 64 + lane % 4 * 16;
+#pragma unroll
+            for (int y = 0; y < kDqColumns / 16; ++y)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    store_shared(to + e * (32 * kDqColumns) + y * 256, dq[8 * y + 2 * e], dq[8 * y + 2 * e + 1],
+                                 dq[8 * y + 4 + 2 * e], dq[8 * y + 5 + 2 * e]);
+            if (thread == 0) {
+                const int row0 = s.visit[stage].row0, half = s.visit[stage].head * 2 + w;
+                s.job[w] = {a.dq + (static_cast<long long>(half) * a.rows_pad + row0) * kDqColumns,
+                            a.turn + half * (a.rows_pad / kRows) + row0 / kRows, s.visit[stage].order};
+            }
+            fence_async_shared();
+            named_arrive(kDqReady + w, 160);
+            stage ^= 1;
+            parity ^= stage == 0;
+        }
+        wgmma_wait<0>();
+        pin(dk);
+        if (num_visits > 0) release(s.q_free[stage ^ 1]);
+        const Item item = s.item;
+        __syncwarp();
+        release(s.kv_free);
+        write_keys(a, item, key, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
+        write_keys(a, item, key, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
+    }
+    named_sync(kDqFree + w, 160);
+    if (thread == 0) s.job[w].to = nullptr;
+    named_arrive(kDqReady + w, 160);
+}
+
+extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_constant__ BackwardArgs a) {
+    extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
+    Smem& s = *reinterpret_cast<Smem*>(raw);
+    if (threadIdx.x == 0) {
+        barrier_init(s.kv_full, 1);
+        barrier_init(s.kv_free, 4 * kConsumers);
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(s.q_full[i], 1);
+            barrier_init(s.dout_full[i], 1);
+            barrier_init(s.q_free[i], 4 * kConsumers);
+            barrier_init(s.dout_free[i], 4 * kConsumers);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<kProducerRegisters>();
+        if (threadIdx.x == 0)
+            load_visits(a, s);
+        else if (threadIdx.x >= 32 && threadIdx.x < 32 * (1 + kConsumers))
+            store_dq(s, threadIdx.x / 32 - 1);
+    } else {
+        registers_grow<kConsumerRegisters>();
+        differentiate(a, s, uniform(threadIdx.x / 128) - 1);
+    }
+}
+
+}  // namespace magi

@@ -1,0 +1,65 @@
+// What does the backward hand to its kernels, and how is its workspace laid out? Host and device.
+//
+// Gradients of queries are summed in fp32 in a workspace of their own, in the order in which a thread of a wgmma
+// accumulator holds them: [heads][column half][row / 4][16-column block][row % 4][lane % 4][4], rows from 0 to
+// rows_pad. Every 4 rows of a half are contiguous, so a tile that starts at any multiple of 4 is one bulk reduce.
+#pragma once
+
+#include "args.cuh"
+
+namespace magi {
+
+constexpr int kBackwardKeys = 128, kBackwardRows = 64, kBackwardStages = 2;
+
+// Rows of the workspace: a tile may start anywhere and reach kBackwardRows - 1 past the end.
+MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kBackwardRows) * kBackwardRows + kBackwardRows; }
+
+MAGI_HD constexpr unsigned backward_smem(int head_dim) {
+    return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * kBackwardRows)  // k, v; q, dout
+           + 2 * 2 * kBackwardKeys * kBackwardRows                               // ds, twice
+           + 4 * kBackwardRows * head_dim                                        // dq
+           + 2 * 4 * kBackwardStages * kBackwardRows + 512;                      // lse, delta; visits, barriers
+}
+
+struct BackwardArgs {
+    TensorMap q, k, v, dout;
+    TileTable table;  // transposed: tiles of keys
+    const Slice* slices;
+    int num_slices;
+    int num_q, num_k, num_kv_heads, heads_per_kv, head_dim, v_dim;
+    int rows_pad;
+    int section_heads;     // kv heads worked on together, so that their rows stay in L2
+    const float* lse_log2;  // [heads, rows_pad]: lse * log2(e), +inf where lse is -inf
+    const float* delta;     // [heads, rows_pad]
+    float* dq;              // the workspace above
+    void *dk, *dv;
+    long long dk_row_stride, dk_head_stride, dv_row_stride, dv_head_stride;
+    int grad_is_float;
+    float scale, scale_log2, softcap;
+    // Deterministic variants: visits of a block of kBackwardRows rows take turns.
+    int* turn;                    // [heads, 2, rows_pad / kBackwardRows], zeroed
+    const unsigned short* order;  // [key tile, rows_pad / kBackwardRows]: visits of the block before this tile's
+};
+
+// ffa_bwd_rows.cu
+struct BackwardStatsArgs {
+    const float *lse, *delta;  // [num_q, num_heads]
+    float *lse_log2, *delta_out;
+    int num_q, num_heads, rows_pad;
+};
+struct BackwardOrderArgs {
+    TileTable table;
+    const Slice* slices;
+    int num_slices, num_q, num_k, num_blocks;
+    unsigned short* order;
+};
+struct BackwardFinishArgs {
+    const float* dq;  // workspace
+    const void* dq_prev;
+    void* out;
+    long long out_row_stride, out_head_stride;
+    int num_q, num_heads, head_dim, padded_dim, rows_pad, type, is_float;
+    float scale;
+};
+
+}  // namespace magi

@@ -1,0 +1,137 @@
+"""The CUDA backward against the fp64 reference: any slices, any layout, the same bits where it promises them."""
+
+import pytest
+import torch
+from test_cuda_ffa import HEADS, NONE, causal_documents, dense, poison, random_slices, tensors
+
+import magi_attention  # noqa: F401
+from magi_attention.reference import assert_accurate, attention_and_grads
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU"),
+]
+ops = torch.ops.magi
+
+
+def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev=None, deterministic=False, **options):
+    """(dq, dk, dv) by the raw ops, with freed NaN memory where outputs and workspace will lie."""
+    slices = slices.cuda()
+    scale = options.pop("softmax_scale", q.shape[2] ** -0.5)
+    out, lse = ops.ffa_fwd(q, k, v, slices, softmax_scale=scale, softcap=options.get("softcap", 0.0))
+    delta = ops.ffa_delta(dout, out, dlse)
+    wide = (q.shape[0] + 128) * q.shape[1] * 128
+    poison(((2 * wide + 4 * k.numel() + 1000000,), torch.float32), (q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype))
+    return ops.ffa_bwd(
+        dout, q, k, v, lse, delta, slices, dq_prev=dq_prev, softmax_scale=scale, grad_dtype=grad_dtype,
+        deterministic=deterministic, **options,
+    )  # fmt: skip
+
+
+def check(rng, q, k, v, slices, *, dout=None, dq_prev=None, grad_dtype=None, **options):
+    allowed = dense(slices, q.shape[0], k.shape[0])
+    if dout is None:
+        dout = torch.randn(q.shape[0], q.shape[1], v.shape[2], generator=rng).to("cuda", q.dtype)
+    dlse = torch.randn(q.shape[:2], generator=rng).cuda()
+    grads = backward(q, k, v, dout, dlse, slices, dq_prev=dq_prev, grad_dtype=grad_dtype, **options)
+    reference = {name: options[name] for name in ("softmax_scale", "softcap") if name in options}
+    exact = attention_and_grads(q, k, v, allowed, dout, dlse, **reference)
+    plain = attention_and_grads(q, k, v, allowed, dout, dlse, dtype=None, **reference)
+    for name, actual in zip(("dq", "dk", "dv"), grads):
+        want, same = getattr(exact, name), getattr(plain, name).double()
+        assert actual.dtype == (grad_dtype or q.dtype)
+        if name == "dq" and dq_prev is not None:
+            want, same = want + dq_prev.double(), same + dq_prev.double()
+        assert_accurate(name, actual, want, same)
+        error = (actual.double() - want).norm() / want.norm().clamp_min(1e-3)
+        assert error < 1.5e-2, f"{name} relative error {error:.1e}"  # bf16 operands
+    return grads
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_masks(seed):
+    rng = torch.Generator().manual_seed(seed)
+    pick = lambda options: options[int(torch.randint(0, len(options), (), generator=rng))]  # noqa: E731
+    for _ in range(5):
+        num_q, num_k = (int(pick([64, 300, 1000, 4000]) * torch.rand((), generator=rng)) + 1 for _ in range(2))
+        heads, kv_heads = pick(HEADS if num_q * num_k < 1e6 else HEADS[:4])
+        dim, dtype = pick([64, 128, 128, 40, 96]), pick([torch.bfloat16, torch.float16])
+        q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, dtype)
+        check(rng, q, k, v, random_slices(rng, num_q, num_k), deterministic=pick([False, True]))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 15.0}, {"softmax_scale": 0.0}, {"softmax_scale": -0.1}, {"sm_margin": 100}, {"grad_dtype": torch.float32}],
+)
+def test_options(dim, options, deterministic):
+    rng = torch.Generator().manual_seed(1)
+    slices = causal_documents([700, 1, 130, 669])
+    check(rng, *tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16), slices, deterministic=deterministic, **options)
+
+
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32])
+def test_adds_to_a_previous_dq(grad_dtype):
+    rng = torch.Generator().manual_seed(2)
+    q, k, v = tensors(rng, 700, 900, 4, 2, 96, torch.float16)
+    dq_prev = torch.randn(q.shape, generator=rng).to("cuda", grad_dtype or q.dtype)
+    check(rng, q, k, v, random_slices(rng, 700, 900), dq_prev=dq_prev, grad_dtype=grad_dtype)
+
+
+def test_values_narrower_than_keys():
+    rng = torch.Generator().manual_seed(3)
+    check(rng, *tensors(rng, 300, 400, 2, 1, 128, torch.float16, v_dim=72), random_slices(rng, 300, 400))
+
+
+def test_strided_inputs():
+    rng = torch.Generator().manual_seed(4)
+    slices = causal_documents([500, 524])
+    packed = torch.randn(1024, 4, 4, 128, generator=rng).to("cuda", torch.bfloat16).unbind(1)
+    check(rng, *packed[:3], slices, dout=packed[3])
+    heads_first = torch.randn(4, 4, 1024, 128, generator=rng).to("cuda", torch.bfloat16).transpose(1, 2)
+    check(rng, *heads_first[:3], slices, dout=heads_first[3])
+    odd = torch.randn(4, 1024, 4, 131, generator=rng).to("cuda", torch.bfloat16)[..., 3:]  # TMA cannot read this one
+    check(rng, *odd[:3], slices, dout=odd[3])
+    q, k, v = tensors(rng, 1024, 1024, 4, 4, 64, torch.bfloat16)
+    check(rng, q, k, v, slices, dout=torch.ones(1, 1, 64, dtype=q.dtype, device="cuda").expand(1024, 4, 64))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_thousands_of_slices_in_one_tile(deterministic):
+    """More slices than the table's pool holds: every key range overlaps every other."""
+    rng = torch.Generator().manual_seed(6)
+    slices = torch.tensor([[i, i + 1, 0, 500, -NONE, NONE] for i in range(1000)], dtype=torch.int32)
+    check(rng, *tensors(rng, 1000, 500, 1, 1, 128, torch.bfloat16), slices, deterministic=deterministic)
+
+
+def test_one_row_and_one_key():
+    rng = torch.Generator().manual_seed(7)
+    slices = torch.tensor(
+        [[7, 8, 0, 300, -NONE, NONE], [0, 7, 299, 300, -NONE, NONE], [50, 300, 13, 14, -NONE, NONE], [9, 9, 5, 7, 0, 0]],
+        dtype=torch.int32,
+    )
+    check(rng, *tensors(rng, 301, 333, 2, 1, 64, torch.bfloat16), slices)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_slices_no_keys_no_rows(deterministic):
+    rng = torch.Generator().manual_seed(8)
+    for num_q, num_k in ((100, 50), (100, 0), (0, 50)):
+        q, k, v = tensors(rng, num_q, num_k, 2, 1, 128, torch.bfloat16)
+        slices = torch.zeros(0, 6, dtype=torch.int32)
+        grads = backward(q, k, v, torch.randn_like(q), None, slices, deterministic=deterministic)
+        for grad, like in zip(grads, (q, k, v)):
+            assert grad.shape == like.shape and not grad.any()
+
+
+def test_deterministic_repeats_bitwise():
+    rng = torch.Generator().manual_seed(9)
+    for slices in (random_slices(rng, 4096, 4096), causal_documents([4096]), causal_documents([1000, 3, 93, 3000])):
+        q, k, v = tensors(rng, 4096, 4096, 8, 2, 128, torch.bfloat16)
+        dout = torch.randn_like(q)
+        first = backward(q, k, v, dout, None, slices, deterministic=True)
+        for margin in (0, 0, 0, 7, 50, 131):  # with fewer blocks, work is spread in another way
+            again = backward(q, k, v, dout, None, slices, deterministic=True, sm_margin=margin)
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
