@@ -21,7 +21,12 @@ def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev
     out, lse = ops.ffa_fwd(q, k, v, slices, softmax_scale=scale, softcap=options.get("softcap", 0.0))
     delta = ops.ffa_delta(dout, out, dlse)
     wide = (q.shape[0] + 128) * q.shape[1] * 128
-    poison(((2 * wide + 4 * k.numel() + 1000000,), torch.float32), (q.shape, q.dtype), (k.shape, k.dtype), (v.shape, v.dtype))
+    poison(
+        ((2 * wide + 4 * k.numel() + 1000000,), torch.float32),
+        (q.shape, q.dtype),
+        (k.shape, k.dtype),
+        (v.shape, v.dtype),
+    )
     return ops.ffa_bwd(
         dout, q, k, v, lse, delta, slices, dq_prev=dq_prev, softmax_scale=scale, grad_dtype=grad_dtype,
         deterministic=deterministic, **options,
@@ -64,7 +69,13 @@ def test_random_masks(seed):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 15.0}, {"softmax_scale": 0.0}, {"softmax_scale": -0.1}, {"sm_margin": 100}, {"grad_dtype": torch.float32}],
+    [
+        {"softcap": 15.0},
+        {"softmax_scale": 0.0},
+        {"softmax_scale": -0.1},
+        {"sm_margin": 100},
+        {"grad_dtype": torch.float32},
+    ],
 )
 def test_options(dim, options, deterministic):
     rng = torch.Generator().manual_seed(1)
@@ -109,7 +120,12 @@ def test_thousands_of_slices_in_one_tile(deterministic):
 def test_one_row_and_one_key():
     rng = torch.Generator().manual_seed(7)
     slices = torch.tensor(
-        [[7, 8, 0, 300, -NONE, NONE], [0, 7, 299, 300, -NONE, NONE], [50, 300, 13, 14, -NONE, NONE], [9, 9, 5, 7, 0, 0]],
+        [
+            [7, 8, 0, 300, -NONE, NONE],
+            [0, 7, 299, 300, -NONE, NONE],
+            [50, 300, 13, 14, -NONE, NONE],
+            [9, 9, 5, 7, 0, 0],
+        ],
         dtype=torch.int32,
     )
     check(rng, *tensors(rng, 301, 333, 2, 1, 64, torch.bfloat16), slices)

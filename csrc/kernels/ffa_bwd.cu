@@ -2,8 +2,8 @@
 // that touches them for every query head of the group, and writes dk and dv once (zeros where nobody attends): no
 // atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh).
 //
-// One producer thread streams Q, dO, lse and delta by TMA and says what each visit of 64 rows looks like; two consumer
-// warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as accumulator rows, so that P^T
+// One thread plans visits of 64 rows, another streams their Q, dO, lse and delta by TMA, and two warps add dq to the
+// workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as accumulator rows, so that P^T
 // feeds dV from registers; dS^T goes through swizzled shared memory, where it is the A operand of dK (K-major) and of
 // dQ (MN-major; each warpgroup takes half of the columns). The products of the next visit are queued behind dK of this
 // one, so the tensor cores run while dq is stored. (The order of products follows FlashAttention-3's backward, arXiv
@@ -26,10 +26,11 @@ constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
 constexpr int kConsumers = 2;           // warpgroups of 64 keys
 constexpr int kKeys = kBackwardKeys, kRows = kBackwardRows, kStages = kBackwardStages;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = HEAD_DIM == 128 ? 32 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
+constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
 constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;   // accumulators of a thread
 constexpr int kDqColumns = HEAD_DIM / 2;                   // of one consumer
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;       // where a visit may start
+constexpr int kPlanned = 4;                                // visits written down at a time
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kRows * kDqColumns * 4;
 
@@ -40,7 +41,7 @@ struct Visit {  // 64 rows from row0 on; allowed cells have first <= i < last, l
     int row0, head, masked, order;
     int first, last, lo, hi, key0, key1, spare0, spare1;
 };
-struct Plan {  // the producer's notes: it has few registers
+struct Plan {  // the planner's notes: it has few registers
     int next, index, kv_head, head;
     int tile_key0, tile_key1, first, num_slices;  // of the tile
     int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
@@ -57,15 +58,16 @@ struct Smem {
     u16 ds[2][kKeys * kRows];  // [key][row], swizzled by hand
     float dq[kConsumers][kRows * kDqColumns];
     float lse[kStages][kRows], delta[kStages][kRows];
-    Visit visit[kStages];
-    Item item;
+    Visit visit[kPlanned];
+    Item planned_item, item;
     Plan plan;
     DqJob job[kConsumers];
+    u64 item_planned, item_taken, visit_planned[kPlanned], visit_taken[kPlanned];
     u64 kv_full, kv_free, q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
 };
 static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM) && kStages == 2);
 
-// ---- producer
+// ---- planner: one thread walks the tiles' slices, a little ahead of the loads
 // -----------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int i) {
     if (first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, true);
@@ -74,86 +76,68 @@ __device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int 
     return {x.x, x.y, x.z, x.w, y.x, y.y};
 }
 
-// One visit: q and dout rows [row0, row0 + 64), and what of them the consumers may use.
-__device__ __forceinline__ void load_visit(const BackwardArgs& a, Smem& s, int row0, int stage, u32 parity) {
+__device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
+
+// Writes down visit `n` of the current slice: rows [row0, row0 + 64), and what of them the consumers may use.
+__device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
     const Plan& plan = s.plan;
-    const int head = plan.head;
-    barrier_wait(s.q_free[stage], parity);
-    Visit& visit = s.visit[stage];
+    // The loader took visit n - 2 when the consumers were done with visit n - 4.
+    if (n >= 2) barrier_wait(s.visit_taken[(n - 2) % kPlanned], (n - 2) / kPlanned & 1);
+    Visit& visit = s.visit[n % kPlanned];
     visit.row0 = row0;
-    visit.head = head;
-    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1;
+    visit.head = plan.head;
+    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
     visit.first = plan.row0 - row0;
     visit.last = min(plan.row1 - row0, kRows);
     visit.key0 = plan.key0;
     visit.key1 = plan.key1;
-    masked |= plan.key0 > 0 || plan.key1 < kKeys;
     const int lo = row0 - plan.hi, hi = row0 - plan.lo;  // of key - row within the tile
     visit.lo = lo;
     visit.hi = hi;
     visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
-    if (DETERMINISTIC) {
-        const int block = row0 / kRows;
-        int order = a.order[static_cast<long long>(plan.index) * (a.rows_pad / kRows) + block];
-        for (int j = 0; j < plan.slice; ++j) {  // this tile's earlier visits of the block
-            const Range rows = tile_columns(slice_at(a, plan.first, j), plan.tile_key0, plan.tile_key1);
-            order += rows.begin < rows.end && rows.begin / kRows <= block && block <= (rows.end - 1) / kRows;
-        }
-        visit.order = order;
-    }
-    barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
-    for (int h = 0; h < kHalves; ++h) tma_load(s.q[stage][h], a.q, s.q_full[stage], 64 * h, head, row0);
-    bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(head) * a.rows_pad + row0, sizeof(s.lse[0]),
-              s.q_full[stage]);
-    barrier_wait(s.dout_free[stage], parity);
-    barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
-    for (int h = 0; h < kHalves; ++h) tma_load(s.dout[stage][h], a.dout, s.dout_full[stage], 64 * h, head, row0);
-    bulk_load(s.delta[stage], a.delta + static_cast<long long>(head) * a.rows_pad + row0, sizeof(s.delta[0]),
-              s.dout_full[stage]);
+    if (DETERMINISTIC) visit.order = a.order[static_cast<long long>(plan.index) * (a.rows_pad / kRows) + row0 / kRows];
+    barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
-__device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
-
-__device__ void load_visits(const BackwardArgs& a, Smem& s) {
+__device__ void plan_visits(const BackwardArgs& a, Smem& s) {
     Plan& plan = s.plan;
-    int stage = 0;
-    u32 parity = 1, kv_parity = 1;
+    int n = 0;
     plan.next = take_work(a);
-    while (plan.next < a.table.num_tiles * a.num_kv_heads) {
-        {
-            const int work = plan.next, first_head = work / (a.table.num_tiles * a.section_heads) * a.section_heads;
-            const int heads = min(a.section_heads, a.num_kv_heads - first_head);
-            const int at = work - first_head * a.table.num_tiles;
-            plan.index = at / heads;
-            plan.kv_head = first_head + at % heads;
+    for (u32 parity = 1;; parity ^= 1) {
+        const bool done = plan.next >= a.table.num_tiles * a.num_kv_heads;
+        int visits = -1;
+        if (!done) {
+            {
+                const int work = plan.next, first_head = work / (a.table.num_tiles * a.section_heads) * a.section_heads;
+                const int heads = min(a.section_heads, a.num_kv_heads - first_head);
+                const int at = work - first_head * a.table.num_tiles;
+                plan.index = at / heads;
+                plan.kv_head = first_head + at % heads;
+            }
+            {
+                const int4 tile = __ldg(
+                    reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
+                plan.tile_key0 = tile.x;
+                plan.tile_key1 = min(tile.x + kKeys, a.num_k);
+                plan.first = tile.y;
+                plan.num_slices = tile.z;
+            }
+            plan.next = take_work(a);
+            visits = 0;
+            for (int i = 0; i < plan.num_slices; ++i) {
+                const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
+                if (rows.begin < rows.end) visits += ceil_div(rows.end - (rows.begin & -kRowAlign), kRows);
+            }
+            visits *= a.heads_per_kv;
         }
-        {
-            const int4 tile = __ldg(
-                reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
-            plan.tile_key0 = tile.x;
-            plan.tile_key1 = min(tile.x + kKeys, a.num_k);
-            plan.first = tile.y;
-            plan.num_slices = tile.z;
-        }
-        plan.next = take_work(a);
-        int visits = 0;
-        for (int i = 0; i < plan.num_slices; ++i) {
-            const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
-            if (rows.begin < rows.end) visits += ceil_div(rows.end - (rows.begin & -kRowAlign), kRows);
-        }
-        visits *= a.heads_per_kv;
-        barrier_wait(s.kv_free, kv_parity);
-        kv_parity ^= 1;
-        s.item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
-        barrier_arrive_expect(s.kv_full, visits ? sizeof(s.k) + sizeof(s.v) : 0);
+        barrier_wait(s.item_taken, parity);
+        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
+        barrier_arrive(s.item_planned);
+        if (done) break;
         if (visits == 0) continue;
-        for (int h = 0; h < kHalves; ++h) {
-            tma_load(s.k[h], a.k, s.kv_full, 64 * h, plan.kv_head, plan.tile_key0);
-            tma_load(s.v[h], a.v, s.kv_full, 64 * h, plan.kv_head, plan.tile_key0);
-        }
         plan.head = plan.kv_head * a.heads_per_kv;
         for (int left = a.heads_per_kv; left > 0; --left) {
-            for (plan.slice = 0; plan.slice < plan.num_slices; ++plan.slice) {
+            for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
                 {
                     const Slice x = slice_at(a, plan.first, plan.slice);  // transposed: its rows are keys
                     const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
@@ -165,27 +149,58 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
                     plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
                     plan.hi = x.hi + plan.tile_key0;
                 }
-                const int begin = plan.row0 & -kRowAlign;
                 if (DETERMINISTIC) {
-                    for (int row0 = (plan.row1 - 1) & -kRows; row0 >= begin; row0 -= kRows) {
-                        load_visit(a, s, row0, stage, parity);
-                        stage ^= 1;
-                        parity ^= stage == 0;
-                    }
+                    for (int row0 = (plan.row1 - 1) & -kRows; row0 > plan.row0 - kRows; row0 -= kRows)
+                        plan_visit(a, s, n++, row0);
                 } else {
-                    for (int row0 = begin; row0 < plan.row1; row0 += kRows) {
-                        load_visit(a, s, row0, stage, parity);
-                        stage ^= 1;
-                        parity ^= stage == 0;
-                    }
+                    for (int row0 = plan.row0 & -kRowAlign; row0 < plan.row1; row0 += kRows)
+                        plan_visit(a, s, n++, row0);
                 }
             }
             plan.head = plan.head + 1;
         }
     }
-    barrier_wait(s.kv_free, kv_parity);
-    s.item = {0, 0, 0, -1};
-    barrier_arrive(s.kv_full);
+}
+
+// ---- loader: one thread streams what is planned
+// -----------------------------------------------------------------------------------------------------------------------
+__device__ void load_visits(const BackwardArgs& a, Smem& s) {
+    int n = 0;
+    for (u32 item = 0;; ++item) {
+        barrier_wait(s.item_planned, item & 1);
+        int left = s.planned_item.num_visits;
+        barrier_wait(s.kv_free, (item & 1) ^ 1);
+        s.item = s.planned_item;
+        barrier_arrive_expect(s.kv_full, left > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
+        for (int h = 0; h < kHalves && left > 0; ++h) {
+            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.key0);
+            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.key0);
+        }
+        barrier_arrive(s.item_taken);
+        if (left < 0) break;
+        for (; left > 0; --left, ++n) {
+            asm volatile("" : "+r"(n));  // addresses are computed afresh: there are no registers to keep them
+            const int stage = n % kStages;
+            const u32 parity = (n / kStages & 1) ^ 1;
+            const Visit& visit = s.visit[n % kPlanned];
+            barrier_wait(s.visit_planned[n % kPlanned], n / kPlanned & 1);
+            barrier_wait(s.q_free[stage], parity);
+            barrier_arrive(s.visit_taken[n % kPlanned]);
+            barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
+#pragma unroll 1
+            for (int h = 0; h < kHalves; ++h)
+                tma_load(s.q[stage][h], a.q, s.q_full[stage], 64 * h, visit.head, visit.row0);
+            bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
+                      sizeof(s.lse[0]), s.q_full[stage]);
+            barrier_wait(s.dout_free[stage], parity);
+            barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
+#pragma unroll 1
+            for (int h = 0; h < kHalves; ++h)
+                tma_load(s.dout[stage][h], a.dout, s.dout_full[stage], 64 * h, visit.head, visit.row0);
+            bulk_load(s.delta[stage], a.delta + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
+                      sizeof(s.delta[0]), s.dout_full[stage]);
+        }
+    }
 }
 
 // ---- storers: one warp a consumer adds its dq tiles to the workspace
@@ -199,7 +214,8 @@ __device__ void store_dq(Smem& s, int w) {
         if (!job.to) break;
         if (leader) {
             if (DETERMINISTIC) {
-                while ((turn_read(job.turn) & 0xffff) != (job.order & 0xffff)) __nanosleep(20);
+                // Past job.order once this tile itself has been there, for another slice: that sum is done, see below.
+                while (turn_read(job.turn) < job.order) __nanosleep(20);
             }
             bulk_add(job.to, s.dq[w], kBulkBytes);
             bulk_wait_read();
@@ -308,8 +324,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     u32 key_columns = HEAD_DIM == 128 ? smem_addr(s.k[w * (kHalves - 1)]) : smem_addr(s.k[0]) + 64 * w;
     // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds keys + 8 (m & 1), rows + 8 (m >> 1).
     const int ds_key = 64 * w + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, ds_chunk = lane / 16;
-    int stage = 0;
-    u32 parity = 0, kv_parity = 0;
+    u32 visit = 0, kv_parity = 0;
 
     auto release = [&](u64& bar) {
         if (lane == 0) barrier_arrive(bar);  // every warp by itself
@@ -323,7 +338,9 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         for (int i = 0; i < kOuts; ++i) dk[i] = dv[i] = 0;
         pin(dk);
         pin(dv);
-        for (int n = 0; n < num_visits; ++n) {
+        for (int n = 0; n < num_visits; ++n, ++visit) {
+            const int stage = visit % kStages, planned = visit % kPlanned;
+            const u32 parity = visit / kStages & 1;
             asm volatile("" : "+r"(keys), "+r"(key_columns));  // descriptors are rebuilt: there are no registers to keep them
             const u32 q = smem_addr(s.q[stage][0]), dout = smem_addr(s.dout[stage][0]), ds = smem_addr(s.ds[stage]);
             barrier_wait(s.q_full[stage], parity);
@@ -347,7 +364,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             if (n > 0) release(s.q_free[stage ^ 1]);
 
             probabilities(a, s.lse[stage], column, p);
-            if (s.visit[stage].masked) mask_probabilities(s.visit[stage], key, column, p);
+            if (s.visit[planned].masked) mask_probabilities(s.visit[planned], key, column, p);
 #pragma unroll
             for (int x = 0; x < kRows / 16; ++x)
 #pragma unroll
@@ -394,18 +411,16 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
                     store_shared(to + e * (32 * kDqColumns) + y * 256, dq[8 * y + 2 * e], dq[8 * y + 2 * e + 1],
                                  dq[8 * y + 4 + 2 * e], dq[8 * y + 5 + 2 * e]);
             if (thread == 0) {
-                const int row0 = s.visit[stage].row0, half = s.visit[stage].head * 2 + w;
+                const int row0 = s.visit[planned].row0, half = s.visit[planned].head * 2 + w;
                 s.job[w] = {a.dq + (static_cast<long long>(half) * a.rows_pad + row0) * kDqColumns,
-                            a.turn + half * (a.rows_pad / kRows) + row0 / kRows, s.visit[stage].order};
+                            a.turn + half * (a.rows_pad / kRows) + row0 / kRows, s.visit[planned].order};
             }
             fence_async_shared();
             named_arrive(kDqReady + w, 160);
-            stage ^= 1;
-            parity ^= stage == 0;
         }
         wgmma_wait<0>();
         pin(dk);
-        if (num_visits > 0) release(s.q_free[stage ^ 1]);
+        if (num_visits > 0) release(s.q_free[(visit - 1) % kStages]);
         const Item item = s.item;
         __syncwarp();
         release(s.kv_free);
@@ -421,6 +436,12 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
     extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
     Smem& s = *reinterpret_cast<Smem*>(raw);
     if (threadIdx.x == 0) {
+        barrier_init(s.item_planned, 1);
+        barrier_init(s.item_taken, 1);
+        for (int i = 0; i < kPlanned; ++i) {
+            barrier_init(s.visit_planned[i], 1);
+            barrier_init(s.visit_taken[i], 1);
+        }
         barrier_init(s.kv_full, 1);
         barrier_init(s.kv_free, 4 * kConsumers);
         for (int i = 0; i < kStages; ++i) {
@@ -438,6 +459,8 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
             load_visits(a, s);
         else if (threadIdx.x >= 32 && threadIdx.x < 32 * (1 + kConsumers))
             store_dq(s, threadIdx.x / 32 - 1);
+        else if (threadIdx.x == 96)
+            plan_visits(a, s);
     } else {
         registers_grow<kConsumerRegisters>();
         differentiate(a, s, uniform(threadIdx.x / 128) - 1);

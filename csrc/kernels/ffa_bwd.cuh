@@ -18,7 +18,7 @@ MAGI_HD constexpr unsigned backward_smem(int head_dim) {
     return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * kBackwardRows)  // k, v; q, dout
            + 2 * 2 * kBackwardKeys * kBackwardRows                               // ds, twice
            + 4 * kBackwardRows * head_dim                                        // dq
-           + 2 * 4 * kBackwardStages * kBackwardRows + 512;                      // lse, delta; visits, barriers
+           + 2 * 4 * kBackwardStages * kBackwardRows + 1024;                      // lse, delta; visits, barriers
 }
 
 struct BackwardArgs {
@@ -38,7 +38,7 @@ struct BackwardArgs {
     float scale, scale_log2, softcap;
     // Deterministic variants: visits of a block of kBackwardRows rows take turns.
     int* turn;                    // [heads, 2, rows_pad / kBackwardRows], zeroed
-    const unsigned short* order;  // [key tile, rows_pad / kBackwardRows]: visits of the block before this tile's
+    const int* order;  // [key tile, rows_pad / kBackwardRows]: visits of the block before this tile's
 };
 
 // ffa_bwd_rows.cu
@@ -51,7 +51,7 @@ struct BackwardOrderArgs {
     TileTable table;
     const Slice* slices;
     int num_slices, num_q, num_k, num_blocks;
-    unsigned short* order;
+    int* order;
 };
 struct BackwardFinishArgs {
     const float* dq;  // workspace

@@ -116,7 +116,7 @@ __device__ __forceinline__ int turn_read(const int* turn) {
     return x;
 }
 __device__ __forceinline__ void turn_pass(int* turn) {
-    asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 // Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3.
 __device__ __forceinline__ void transpose_quad(u32 (&x)[4], int lane) {

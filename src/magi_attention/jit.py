@@ -59,7 +59,12 @@ def _backward_variants() -> list[Variant]:
         Variant(
             f"ffa_bwd_d{dim}_{dtype}{'_softcap' if softcap else ''}{'_ordered' if deterministic else ''}",
             "ffa_bwd.cu",
-            (("HEAD_DIM", str(dim)), ("ELEMENT", dtype), ("SOFTCAP", str(softcap)), ("DETERMINISTIC", str(deterministic))),
+            (
+                ("HEAD_DIM", str(dim)),
+                ("ELEMENT", dtype),
+                ("SOFTCAP", str(softcap)),
+                ("DETERMINISTIC", str(deterministic)),
+            ),
             168,
         )
         for dim in (64, 128)
@@ -71,7 +76,14 @@ def _backward_variants() -> list[Variant]:
 
 # The whole variant space, in one place. Host launchers ask for these names.
 VARIANTS: dict[str, Variant] = {
-    v.name: v for v in [Variant("tiles", "tiles.cu"), Variant("rows", "rows.cu"), *_forward_variants(), Variant("ffa_bwd_rows", "ffa_bwd_rows.cu"), *_backward_variants()]
+    v.name: v
+    for v in [
+        Variant("tiles", "tiles.cu"),
+        Variant("rows", "rows.cu"),
+        *_forward_variants(),
+        Variant("ffa_bwd_rows", "ffa_bwd_rows.cu"),
+        *_backward_variants(),
+    ]
 }
 
 
