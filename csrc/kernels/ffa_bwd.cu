@@ -102,8 +102,8 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
 __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
     Plan& plan = s.plan;
     int n = 0;
-    plan.next = take_work(a);
     for (u32 parity = 1;; parity ^= 1) {
+        plan.next = take_work(a);  // late: work that is reserved early is kept from blocks that idle at the end
         const bool done = plan.next >= a.table.num_tiles * a.num_kv_heads;
         int visits = -1;
         if (!done) {
@@ -122,7 +122,6 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 plan.first = tile.y;
                 plan.num_slices = tile.z;
             }
-            plan.next = take_work(a);
             visits = 0;
             for (int i = 0; i < plan.num_slices; ++i) {
                 const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
