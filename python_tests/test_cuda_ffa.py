@@ -109,10 +109,20 @@ def test_options(dim, options):
     check(*tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16), causal_documents([700, 1, 130, 669]), **options)
 
 
+@pytest.mark.parametrize("lengths", [[300, 1, 127, 129, 500, 3, 1200], [128] * 7, [1000, 24, 1000], [5] * 40 + [9000]])
+def test_documents_that_start_anywhere(lengths):
+    """Tiles that begin with documents (few, long ones) and tiles that do not: rows between documents see nothing."""
+    rng = torch.Generator().manual_seed(12)
+    slices = causal_documents(lengths)
+    total = sum(lengths) + 77
+    slices[1::3, 1] = slices[1::3, 0]  # every third document is empty
+    check(*tensors(rng, total, total, 2, 1, 128, torch.bfloat16), slices[torch.randperm(len(slices), generator=rng)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("growth", [1e-3, 1.0, 20.0])
 def test_scores_that_jump(growth, dtype):
-    """Later keys score higher by many orders of magnitude, in some rows only: maxima move late and by more than 2^127."""
+    """Later keys score higher by many orders of magnitude, in some rows only: maxima move late, by more than 2^127."""
     rng = torch.Generator().manual_seed(11)
     q, k, v = tensors(rng, 1000, 2000, 2, 1, 128, dtype)
     k *= (1 + growth * torch.arange(2000, device="cuda")[:, None, None] / 100).to(dtype)

@@ -18,7 +18,11 @@ void check_forward_support(const ForwardParams& p) {
                  std::to_string(dim));
 }
 
-size_t forward_workspace(const ForwardParams& p) { return table_bytes(p.shape.num_q, kForwardRows, p.num_slices); }
+static bool cut_tiles(const ForwardParams& p) { return worth_cutting(p.shape.num_q, kForwardRows, p.num_slices); }
+
+size_t forward_workspace(const ForwardParams& p) {
+    return table_bytes(p.shape.num_q, kForwardRows, p.num_slices, cut_tiles(p));
+}
 
 // Key/value heads worked on together: as many as the L2 cache holds, so that tiles of one head find each other's keys
 // there, but enough for the last section to end with light tiles on every multiprocessor; sections of about equal size.
@@ -44,7 +48,7 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
 
     ForwardArgs a{};
     a.table = build_tiles(workspace, p.slices, p.num_slices, shape.num_q, shape.num_k, kForwardRows, kForwardKeys,
-                          false, device, stream);
+                          false, device, stream, cut_tiles(p));
     a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kForwardRows / 2);
     if (shape.num_k > 0) {  // otherwise nothing is loaded
         a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kForwardKeys);

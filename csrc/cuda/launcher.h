@@ -41,8 +41,9 @@ TensorMap heads_map(Dtype dtype, const Heads& t, int num_rows, int num_heads, in
 // Whether heads_map can describe it.
 bool can_map(const Heads& t);
 
+// cut: tiles also begin where slices do (worth_cutting).
 // Queues the build of a tile table (kernels/tiles.cuh) over workspace (table_bytes, 64-byte aligned).
 TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows,
-                      int step, bool transposed, int device, void* stream);
+                      int step, bool transposed, int device, void* stream, bool cut = false);
 
 }  // namespace magi::cuda

@@ -24,8 +24,8 @@ constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 constexpr int kScores = kKeys / 2, kOuts = HEAD_DIM / 2;  // accumulators of a thread
 constexpr int kTurnBarrier = 1;                           // named barriers kTurnBarrier + consumer
 
-struct Work {                          // one consumer's share of a tile
-    int row0, head, num_steps, spare;  // num_steps < 0: no more work
+struct Work {                         // one consumer's share of a tile
+    int row0, row1, head, num_steps;  // num_steps < 0: no more work
 };
 struct Step {  // one k tile; keys from key0 on
     int key0, end, lo, hi;
@@ -53,13 +53,15 @@ struct Ring {
 
 // ---- producer ----
 struct Item {  // a tile of one head
-    int head, row0, first, num_slices, num_steps;
+    int head, row0, row1, first, num_slices, num_steps;
 };
-__device__ Item item_of(const ForwardArgs& a, int work) {
-    const int section = work / (a.table.num_tiles * a.section_heads), first_head = section * a.section_heads;
-    const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * a.table.num_tiles;
+__device__ Item item_of(const ForwardArgs& a, int num_tiles, int work) {
+    const int section = work / (num_tiles * a.section_heads), first_head = section * a.section_heads;
+    const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * num_tiles;
     const int4 tile = __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
-    return {first_head + at % heads, tile.x, tile.y, tile.z, tile.w};
+    const int rows = a.table.cut ? (tile.y >> kRowsShift) + 1 : kTileRows;
+    const int first = a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
+    return {first_head + at % heads, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
 }
 
 // Steps [begin, end) of a walk from column col0 on that are full for rows [row0, row1).
@@ -70,10 +72,11 @@ __device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
 
 __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
     wait_for_earlier_kernels();  // the one that builds the table
-    const int total = a.table.num_tiles * a.num_heads;
+    const int num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
+    const int total = num_tiles * a.num_heads;
     Ring ring;
     int work = blockIdx.x;
-    Item item = item_of(a, min(work, total - 1));
+    Item item = item_of(a, num_tiles, min(work, total - 1));
     u32 round = 0;
     for (; work < total; ++round) {
         // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
@@ -84,14 +87,14 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
             if (steps_left <= 4 && next < 0)
                 next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
             else if (steps_left <= 2)
-                next_item = item_of(a, min(next, total - 1));
+                next_item = item_of(a, num_tiles, min(next, total - 1));
         };
-        const int row1 = min(item.row0 + kTileRows, a.num_q), kv_head = item.head / a.heads_per_kv;
+        const int kv_head = item.head / a.heads_per_kv;
         auto load_q = [&] {
 #pragma unroll
             for (int w = 0; w < kConsumers; ++w) {
                 barrier_wait(s.q_free[w], (round & 1) ^ 1);
-                s.work[w] = {item.row0 + kRows * w, item.head, item.num_steps, 0};
+                s.work[w] = {item.row0 + kRows * w, item.row1, item.head, item.num_steps};
                 barrier_arrive_expect(s.q_full[w], item.num_steps ? sizeof(s.q[w]) : 0);
                 for (int h = 0; h < kHalves && item.num_steps; ++h)
                     tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
@@ -109,11 +112,11 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
             } else {
                 c = table_slice(a.slices[i], a.num_q, a.num_k, false);
             }
-            const Range keys = tile_columns(c, item.row0, row1);
+            const Range keys = tile_columns(c, item.row0, item.row1);
             Range full[kConsumers];
 #pragma unroll
             for (int w = 0; w < kConsumers; ++w)
-                full[w] = full_steps(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), a.num_q), keys.begin);
+                full[w] = full_steps(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), item.row1), keys.begin);
             int key0 = keys.begin;
             for (int j = 0; key0 < keys.end; ++j, key0 += kKeys, --steps_left) {
                 look_ahead();
@@ -123,7 +126,7 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
 #pragma unroll
                 for (int w = 0; w < kConsumers; ++w) {
                     const int row0 = item.row0 + kRows * w;
-                    const TileClass met = block_class(c, row0, min(row0 + kRows, a.num_q), key0, kKeys);
+                    const TileClass met = block_class(c, row0, min(row0 + kRows, item.row1), key0, kKeys);
                     const int run = j + 1 >= full[w].begin ? max(0, full[w].end - (j + 1)) : 0;
                     step.met[w] = met | run << 2;
                 }
@@ -259,7 +262,7 @@ __device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& wor
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const int q = row + 8 * e;
-        const bool valid = q < a.num_q;
+        const bool valid = q < work.row1;
         const long long at = static_cast<long long>(q) * a.num_heads + work.head;
         const float own = sum == 0 ? -infinity() : rows.most[e] * scale * kLn2 + __logf(sum);
         const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();

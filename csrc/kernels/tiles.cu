@@ -10,6 +10,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kBuckets = 1024;
 struct Smem {
     int warp_count[kWarps], warp_steps[kWarps];
     int first, last_block;
+    int start[kThreads], sorted[kThreads + 1];
+    Range rows;
     int bucket[kBuckets];
 };
 
@@ -28,9 +30,60 @@ __device__ int block_sum(int x, int (&scratch)[kWarps]) {
     return sum;
 }
 
-__device__ void list_slices(const TilesArgs& a, Smem& s) {
+// Rows of the block's tile where tiles begin with slices, none for blocks beyond them; returns the number of tiles.
+__device__ int cut_rows(const TilesArgs& a, Smem& s) {
+    const int num_rows = a.transposed ? a.num_k : a.num_q, i = threadIdx.x, n = a.num_slices;
+    int start = num_rows;
+    if (i < n) {
+        const Slice c = slice_at(a, i);
+        if (c.q0 < c.q1) start = c.q0;
+    }
+    s.start[i] = start;
+    if (i == 0) {
+        s.sorted[0] = 0;
+        s.rows = {0, 0};
+    }
+    __syncthreads();
+    if (i < n) {
+        int rank = 0;
+        for (int j = 0; j < n; ++j) rank += s.start[j] < start || (s.start[j] == start && j < i);
+        s.sorted[rank + 1] = start;
+    }
+    __syncthreads();
+    const int begin = i <= n ? s.sorted[i] : num_rows, end = i < n ? s.sorted[i + 1] : num_rows;
+    const int tiles = ceil_div(end - begin, a.table.tile_rows);
+    int last = tiles;  // running sum
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, last, step);
+        if (i % 32 >= step) last += below;
+    }
+    if (i % 32 == 31) s.warp_count[i / 32] = last;
+    __syncthreads();
+    int total = 0;
+    for (int w = 0; w < kWarps; ++w) {
+        if (w < i / 32) last += s.warp_count[w];
+        total += s.warp_count[w];
+    }
+    const int at = static_cast<int>(blockIdx.x) - (last - tiles);
+    if (at >= 0 && at < tiles) {
+        const int row0 = begin + at * a.table.tile_rows;
+        s.rows = {row0, min(row0 + a.table.tile_rows, end)};
+    }
+    __syncthreads();
+    return total;
+}
+
+// Returns the number of tiles.
+__device__ int list_slices(const TilesArgs& a, Smem& s) {
     const TileTable& t = a.table;
-    const int row0 = blockIdx.x * t.tile_rows, row1 = min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q);
+    int num_tiles = t.num_tiles, row0 = blockIdx.x * t.tile_rows;
+    int row1 = min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q);
+    if (t.cut) {
+        num_tiles = cut_rows(a, s);
+        if (blockIdx.x == 0 && threadIdx.x == 0) t.header->num_tiles = num_tiles;
+        row0 = s.rows.begin, row1 = s.rows.end;
+        if (row0 == row1) return num_tiles;
+    }
     int count = 0, steps = 0;
     for (int i = threadIdx.x; i < a.num_slices; i += kThreads) {
         const int mine = num_steps(tile_columns(slice_at(a, i), row0, row1), t.step);
@@ -43,11 +96,12 @@ __device__ void list_slices(const TilesArgs& a, Smem& s) {
         const int first = count ? atomicAdd(&t.header->pool_used, count) : 0;
         const bool fits = first <= t.capacity - count;
         s.first = fits ? first : -1;
-        t.unsorted[blockIdx.x] = {row0, s.first, fits ? count : a.num_slices, steps};
+        const int with_rows = t.cut ? s.first | (row1 - row0 - 1) << kRowsShift : s.first;
+        t.unsorted[blockIdx.x] = {row0, with_rows, fits ? count : a.num_slices, steps};
     }
     __syncthreads();
     int at = s.first;
-    if (at < 0 || count == 0) return;
+    if (at < 0 || count == 0) return num_tiles;
     for (int base = 0; base < a.num_slices; base += kThreads) {  // ascending, so that every build gives the same lists
         const int i = base + threadIdx.x;
         Slice slice{};
@@ -69,12 +123,13 @@ __device__ void list_slices(const TilesArgs& a, Smem& s) {
         at += all;
         __syncthreads();
     }
+    return num_tiles;
 }
 
 // Counting sort by num_steps, descending; tiles of one bucket in any order.
-__device__ void sort_tiles(const TileTable& t, Smem& s) {
+__device__ void sort_tiles(const TileTable& t, int num_tiles, Smem& s) {
     int most = 1;
-    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) most = max(most, __ldcg(&t.unsorted[i].num_steps));
+    for (int i = threadIdx.x; i < num_tiles; i += kThreads) most = max(most, __ldcg(&t.unsorted[i].num_steps));
     most = __reduce_max_sync(~0u, most);
     if (threadIdx.x % 32 == 0) s.warp_count[threadIdx.x / 32] = most;
     for (int b = threadIdx.x; b < kBuckets; b += kThreads) s.bucket[b] = 0;
@@ -82,7 +137,7 @@ __device__ void sort_tiles(const TileTable& t, Smem& s) {
     for (int w = 0; w < kWarps; ++w) most = max(most, s.warp_count[w]);
     const float scale = float(kBuckets - 1) / float(most);
     auto bucket_of = [&](int steps) { return kBuckets - 1 - min(kBuckets - 1, int(float(steps) * scale)); };
-    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads)
+    for (int i = threadIdx.x; i < num_tiles; i += kThreads)
         atomicAdd(&s.bucket[bucket_of(__ldcg(&t.unsorted[i].num_steps))], 1);
     __syncthreads();
     // Running sum: bucket[b] = tiles in the buckets before b. Each thread owns a run of buckets.
@@ -104,7 +159,7 @@ __device__ void sort_tiles(const TileTable& t, Smem& s) {
         before += own[j];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < t.num_tiles; i += kThreads) {
+    for (int i = threadIdx.x; i < num_tiles; i += kThreads) {
         const int4 tile = __ldcg(reinterpret_cast<const int4*>(t.unsorted) + i);
         t.tiles[atomicAdd(&s.bucket[bucket_of(tile.w)], 1)] = {tile.x, tile.y, tile.z, tile.w};
     }
@@ -113,7 +168,7 @@ __device__ void sort_tiles(const TileTable& t, Smem& s) {
 extern "C" __global__ __launch_bounds__(kThreads) void tiles(const __grid_constant__ TilesArgs a) {
     __shared__ Smem s;
     let_later_kernels_start();
-    list_slices(a, s);
+    const int num_tiles = list_slices(a, s);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
@@ -121,7 +176,7 @@ extern "C" __global__ __launch_bounds__(kThreads) void tiles(const __grid_consta
         __threadfence();
     }
     __syncthreads();
-    if (s.last_block) sort_tiles(a.table, s);
+    if (s.last_block) sort_tiles(a.table, num_tiles, s);
 }
 
 }  // namespace magi

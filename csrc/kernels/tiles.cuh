@@ -31,7 +31,7 @@ struct alignas(64) TileHeader {  // zeroed before the table is built
     int pool_used;
     int tiles_done;
     int next_work;  // a persistent kernel's work counter
-    int spare;
+    int num_tiles;  // of a cut table
 };
 
 struct TileTable {
@@ -40,7 +40,18 @@ struct TileTable {
     Tile* unsorted;   // [num_tiles], scratch of the builder: ascending row0
     TileSlice* pool;  // [capacity]
     int num_tiles, tile_rows, step, capacity;
+    int cut;  // tiles also begin where slices do: num_tiles is a bound then, and the header has the number
 };
+
+// Tiles of a cut table carry their rows beside `first`, which stays below 2^24.
+constexpr int kRowsShift = 24;
+constexpr int kMaxCuts = 255;  // slices of a cut table: one block orders their first rows
+
+// Worth it for documents side by side, whose tiles would begin anywhere in them; not for many short slices.
+MAGI_HD constexpr bool worth_cutting(int num_rows, int tile_rows, int num_slices) {
+    return num_slices > 1 && num_slices <= kMaxCuts && num_rows / num_slices >= tile_rows &&
+           (num_rows / tile_rows + num_slices + 2LL) * num_slices < (1 << 20);
+}
 
 MAGI_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -50,20 +61,28 @@ MAGI_HD constexpr int pool_capacity(int num_tiles, int num_slices) {
     return static_cast<int>(wanted < all ? wanted : all);
 }
 
-MAGI_HD constexpr long long table_bytes(int num_rows, int tile_rows, int num_slices) {
-    const int tiles = ceil_div(num_rows, tile_rows);
+MAGI_HD constexpr int table_tiles(int num_rows, int tile_rows, int num_slices, bool cut) {
+    return ceil_div(num_rows, tile_rows) + (cut ? num_slices + 1 : 0);
+}
+MAGI_HD constexpr int table_capacity(int num_tiles, int num_slices, bool cut) {
+    return cut ? num_tiles * num_slices : pool_capacity(num_tiles, num_slices);
+}
+
+MAGI_HD constexpr long long table_bytes(int num_rows, int tile_rows, int num_slices, bool cut = false) {
+    const int tiles = table_tiles(num_rows, tile_rows, num_slices, cut);
     return static_cast<long long>(sizeof(TileHeader)) + 2LL * tiles * sizeof(Tile) + 64 +
-           static_cast<long long>(sizeof(TileSlice)) * pool_capacity(tiles, num_slices);
+           static_cast<long long>(sizeof(TileSlice)) * table_capacity(tiles, num_slices, cut);
 }
 
 // Lays the table over a workspace of table_bytes, aligned to 64.
-MAGI_HD TileTable table_over(void* workspace, int num_rows, int tile_rows, int step, int num_slices) {
+MAGI_HD TileTable table_over(void* workspace, int num_rows, int tile_rows, int step, int num_slices, bool cut = false) {
     char* at = static_cast<char*>(workspace);
     TileTable t{};
-    t.num_tiles = ceil_div(num_rows, tile_rows);
+    t.num_tiles = table_tiles(num_rows, tile_rows, num_slices, cut);
+    t.cut = cut;
     t.tile_rows = tile_rows;
     t.step = step;
-    t.capacity = pool_capacity(t.num_tiles, num_slices);
+    t.capacity = table_capacity(t.num_tiles, num_slices, cut);
     t.header = reinterpret_cast<TileHeader*>(at);
     at += sizeof(TileHeader);
     t.pool = reinterpret_cast<TileSlice*>(at);
