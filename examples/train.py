@@ -65,7 +65,7 @@ class Config:
     kv_heads: int = flag(2, "key and value heads")
     lr: float = flag(2e-3, "peak learning rate of AdamW")
     ac: str = flag("none", "activation checkpointing of the blocks: none, selective (attention is saved) or full")
-    bf16: bool = flag(False, "compute in bfloat16 (FSDP2 mixed precision); the check is then coarse")
+    bf16: bool = flag(False, "compute in bfloat16 (FSDP2 mixed precision), always on a GPU; the check is then coarse")
     seed: int = flag(0, "of the weights and of the order of documents")
     out: str = flag("out", "folder for mask.png, plan.png, loss.png and report.json")
 
@@ -95,6 +95,7 @@ def parse_config() -> Config:
     if not values["cp"]:
         processes = torch.cuda.device_count() if torch.cuda.is_available() else 4
         values["cp"] = max(1, processes // (values["dp"] * values["tp"]))
+    values["bf16"] |= torch.cuda.is_available()  # the GPU kernels take 16-bit inputs
     values["check_steps"] = min(values["check_steps"], values["steps"])
     config = Config(**values)
     if config.heads % config.tp or config.kv_heads % config.tp:
