@@ -166,7 +166,7 @@ def structure(worlds: list[int]) -> list[dict]:
 
 
 def nodes() -> list[dict]:
-    """Rows that a rank receives over the network, nodes of eight ranks: each to every rank that needs it, or once for each node."""
+    """Rows that a rank receives over the network: to every rank that needs them, or once for each node of eight."""
     print("\npacked documents on nodes of 8: rows over the network, mean rank, in units of its own")
     print(f"{'ranks':>6}  {'method':12}{'direct':>9}{'relayed':>9}{'x heap 512 relayed':>20}")
     rows = []
