@@ -1,11 +1,12 @@
 """How fast is attention on a GPU? `ffa` and its peers in one run: a table, and JSON beside it.
 
-    python benchmarks/ffa.py [--direction fwd|bwd] [--lengths 8192 16384] [--heads 32:32] [--masks full causal doc32]
+    python benchmarks/ffa.py [--direction fwd|bwd|both] [--lengths 8192 16384] [--heads 32:32] [--masks full causal doc32]
                              [--peers fa3 cudnn fa2 flex] [--json out/ffa_fwd.json] [--chart out/ffa_fwd.png]
 
 A case's calls take turns, timed by device events, and medians count: clocks that fall with the chip's temperature fall
 for all. TFLOP/s are of allowed cells: forward 4 * area * heads * head_dim, backward 2.5 times that. A peer that cannot
-run a mask is left out of its row. fa3 is the wheel `fa3-fwd` (forward only, no window).
+run a mask is left out of its row. fa3 is the wheel `fa3-fwd` (forward only, no window). `ordered` is our own backward
+with deterministic=True. Memory is the peak of our call beyond its inputs, outputs included.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def peer_calls(name: str, mask: Mask, q, k, v, peers: list[str], grad: bool) -> 
 
 def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: argparse.Namespace) -> dict:
     mask = mask_of(name, total)
-    grad = args.direction == "bwd"
+    grad = args.direction != "fwd"
     torch.manual_seed(0)
     q = torch.randn(total, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
     k, v = (
@@ -144,6 +145,16 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
     ours = lambda: torch.ops.magi.ffa.slices(q, k, v, slices)[0]  # noqa: E731
     calls = {"ffa": ours, **peer_calls(name, mask, q, k, v, args.peers, grad)}
     if grad:
+        calls["ordered"] = lambda: torch.ops.magi.ffa.slices(q, k, v, slices, deterministic=True)[0]
+    if args.direction == "both":
+        d = torch.randn_like(q)
+        calls = {
+            peer: lambda call=call, own=peer in ("ffa", "ordered"): torch.autograd.grad(
+                call(), (q, k, v), d if own else d[None].transpose(1, 2)
+            )
+            for peer, call in calls.items()
+        }
+    elif grad:
         forwards = {peer: call() for peer, call in calls.items()}
         dout = {peer: torch.randn_like(out) for peer, out in forwards.items()}
         calls = {
@@ -151,7 +162,13 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
             for peer, out in forwards.items()
         }
     ms = medians(calls, args.budget_ms)
-    flops = 4 * mask.area() * heads * dim * (2.5 if grad else 1)
+    flops = 4 * mask.area() * heads * dim * {"fwd": 1, "bwd": 2.5, "both": 3.5}[args.direction]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    calls["ffa"]()
+    torch.cuda.synchronize()
+    memory = torch.cuda.max_memory_allocated() - before
     begin = time.perf_counter()
     for _ in range(10):
         calls["ffa"]()
@@ -164,6 +181,7 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
         "head_dim": dim,
         "slices": len(mask.slices),
         "host_us": host_us,
+        "memory": memory,
         "ms": ms,
         "tflops": {peer: flops / t / 1e9 for peer, t in ms.items()},
         "ratio": {peer: t / ms["ffa"] for peer, t in ms.items() if peer != "ffa"},
@@ -174,7 +192,8 @@ def line(row: dict) -> str:
     peers = "  ".join(f"{p} {row['tflops'][p]:5.0f} ({r:4.2f}x)" for p, r in row["ratio"].items())
     case = f"{row['mask']:24}{row['tokens']:8,}{row['heads']:>7} d{row['head_dim']:<4}"
     return (
-        f"{case}{row['ms']['ffa']:9.3f} ms {row['tflops']['ffa']:5.0f} TFLOP/s  host {row['host_us']:4.0f} us  {peers}"
+        f"{case}{row['ms']['ffa']:9.3f} ms {row['tflops']['ffa']:5.0f} TFLOP/s  host {row['host_us']:4.0f} us  "
+        f"{row['memory'] / 2**20:5.0f} MiB  {peers}"
     )
 
 
@@ -200,7 +219,7 @@ def chart(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--direction", choices=["fwd", "bwd"], default="fwd")
+    parser.add_argument("--direction", choices=["fwd", "bwd", "both"], default="fwd")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--heads", nargs="+", default=["32:32"], help="query heads:key heads")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
