@@ -1,6 +1,6 @@
 """How fast is attention on a GPU? `ffa` and its peers in one run: a table, and JSON beside it.
 
-    python benchmarks/ffa.py [--direction fwd|bwd|both] [--lengths 8192 16384] [--heads 32:32] [--masks full causal doc32]
+    python benchmarks/ffa.py [--direction fwd|bwd|both] [--lengths 8192 16384] [--heads 32:32] [--masks full doc32]
                              [--peers fa3 cudnn fa2 flex] [--json out/ffa_fwd.json] [--chart out/ffa_fwd.png]
 
 A case's calls take turns, timed by device events, and medians count: clocks that fall with the chip's temperature fall
