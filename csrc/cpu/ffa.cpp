@@ -1,11 +1,14 @@
 // Attention on the CPU: tiles of rows and keys in the accumulation dtype, vectorised per instruction set, spread over
-// threads. Forward: one task per (query head, q tile) visits all slices that touch it with one online softmax (Milakov
-// and Gimelshein 2018, Dao et al. 2022). Backward: one task per (kv head, run of k tiles) owns dk and dv and keeps a dq
-// of its own, summed in a fixed order. Results do not depend on which thread runs which task.
+// threads. Forward: one task per (heads of a group, q tile) visits all slices that touch it with one online softmax
+// (Milakov and Gimelshein 2018, Dao et al. 2022). Backward: one task per (kv head, run of k tiles) owns dk and dv and
+// keeps a dq of its own, summed in a fixed order. Results do not depend on which thread runs which task. Tiles are
+// widened as they are visited: the only memory beside the tensors is the backward's dq.
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -15,38 +18,79 @@
 namespace magi::cpu {
 namespace {
 
-constexpr int kPanelRows = 6;  // rows of a register panel
-constexpr int kTileKeys = 64;  // keys of a packed tile: whole vectors of every instruction set
-constexpr int kTileRows = 96;  // rows of a q tile: whole panels
-constexpr int kPad = 16;       // head dimensions are padded to whole vectors
+constexpr int kPanelRows = 6;    // rows of a register panel
+constexpr int kTileKeys = 64;    // keys of a tile: whole vectors of every instruction set
+constexpr int kPanelLanes = 64;  // query lanes (rows x heads of a group) that the forward works on at a time
+constexpr int kTilePanels = 4;   // panels of a forward tile at most: they share the loading of keys
+constexpr int kTileRows = 96;    // rows of a backward tile: whole panels
+constexpr int kPad = 16;         // head dimensions are padded to whole vectors
+
+constexpr int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
+constexpr int padded(int dim) { return tiles_of(dim, kPad) * kPad; }
 
 template <class T>
 constexpr T kNone = -std::numeric_limits<T>::infinity();
 
+// How a floating point number is laid out, and 2^r = sum of series.c[k] * r^k (ln2^k / k!).
+template <class T, int kTerms>
+struct Series {
+    T c[kTerms + 1];
+    constexpr Series() {
+        long double term = 1;
+        for (int k = 0; k <= kTerms; ++k, term *= 0.693147180559945309417232121458176568L / k) c[k] = T(term);
+    }
+};
 template <class T>
-struct ForwardTiles {
-    int num_tiles, head_dim, v_padded;
-    T softcap;
-    const T* k_transposed;  // [kv_heads][num_tiles][head_dim][kTileKeys]
-    const T* v_rows;        // [kv_heads][num_tiles * kTileKeys][v_padded]
+struct FloatBits {
+    static constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+    static constexpr int kDegree = sizeof(T) == 4 ? 7 : 13;
+    static constexpr T kRound = T(3ll << (kMantissa - 1));  // adding it rounds to an integer
+    static constexpr Series<T, kDegree> kSeries{};
 };
 
-template <class T>
-struct BackwardTiles {
-    int num_tiles, num_q, head_dim, v_dim, d_padded, v_padded;
-    T softcap;
-    const T *k_transposed, *v_transposed;  // [kv_heads][num_tiles][dim][kTileKeys]
-    const T* k_rows;                       // [kv_heads][num_tiles * kTileKeys][d_padded]
-    const T *q_rows, *dout_rows;           // [heads][num_q][padded]; q scaled
-    const T *lse, *delta;                  // [heads][num_q]; lse in base 2
+// One head of a tensor [rows, heads, dim] in its storage dtype.
+struct HeadRows {
+    const char* data;
+    int64_t row_stride;  // bytes
+    int dim;
+    const char* row(int64_t i) const { return data + i * row_stride; }
 };
 
-// What an instruction set provides.
+// The state of one q tile of the forward: rows [row, row_end) of `heads` query heads, lane = (row - tile.row) * heads +
+// head.
+template <class T>
+struct QueryTile {
+    int row, row_end, heads;
+    const T* q;     // [panels, head_dim, kPanelLanes], scaled
+    T* out;         // [panels, v_dim, kPanelLanes], not yet divided by sum
+    T *most, *sum;  // [panels, kPanelLanes]
+    T *k, *v;       // room for [kTileKeys, padded dim]
+};
+
+// The state of one k tile of the backward: keys [key, key + kTileKeys), zeros past the last one.
+template <class T>
+struct KeyTile {
+    int key, d_padded, v_padded;
+    T *k, *k_transposed, *v_transposed;  // [kTileKeys, d_padded], scaled [head_dim, kTileKeys], [v_dim, kTileKeys]
+    T *dk, *dv;                          // [kTileKeys, padded dim]
+    T *q, *dout;                         // room for [kTileRows, padded dim]
+};
+
+// One query head of the backward.
+template <class T>
+struct QueryHead {
+    HeadRows q, dout;
+    const T *lse, *delta;  // of its first row; natural log
+    int64_t stat_stride;   // between rows
+    T* dq;                 // [num_q, d_padded], without the softmax scale
+};
+
+// What an instruction set provides. cap > 0: a score, in base 2, is cap * tanh of the product.
 template <class T>
 struct TileKernels {
-    void (*forward_slice)(const ForwardTiles<T>&, int kv_head, const Slice&, int row_begin, const T* q, T* out, T* most,
-                          T* sum);
-    void (*backward_slice)(const BackwardTiles<T>&, int head, int kv_head, int tile, const Slice&, T* dq, T* dk, T* dv);
+    void (*load)(Dtype, const HeadRows&, int row, int num_rows, T* to, int64_t width);
+    void (*forward_slice)(Dtype, const HeadRows& k, const HeadRows& v, T cap, const Slice&, QueryTile<T>&);
+    void (*backward_slice)(Dtype, const QueryHead<T>&, T cap, const Slice&, KeyTile<T>&);
 };
 
 #if defined(__x86_64__)
@@ -91,23 +135,28 @@ const TileKernels<T>& tile_kernels() {
     return generic::kTileKernels<T>;
 }
 
-int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
-int padded(int dim) { return tiles_of(dim, kPad) * kPad; }
-
-// Memory that is written before it is read.
+// Memory that is written before it is read, on a cache line's boundary so that no vector spans two.
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
 template <class T>
-std::unique_ptr<T[]> scratch(int64_t n) {
-    return std::make_unique_for_overwrite<T[]>(n);
+using Scratch = std::unique_ptr<T[], Free>;
+template <class T>
+Scratch<T> scratch(int64_t n) {
+    void* p = std::aligned_alloc(64, (std::max<int64_t>(n, 1) * sizeof(T) + 63) / 64 * 64);
+    if (!p) throw std::bad_alloc();
+    return Scratch<T>((T*)p);
 }
 
-// task(i) for every i of order, on all threads, each taking the next one as it comes free.
-template <class Task>
-void run_tasks(int64_t num_tasks, const Task& task) {
+// task(i, room) for every i, on all threads, each taking the next one as it comes free; room holds num_elements.
+template <class T, class Task>
+void run_tasks(int64_t num_tasks, int64_t num_elements, const Task& task) {
     std::atomic<int64_t> next{0};
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), num_tasks);
     parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+        const Scratch<T> room = scratch<T>(num_elements);
         for (int64_t worker = begin; worker < end; ++worker)
-            for (int64_t i; (i = next++) < num_tasks;) task(i);
+            for (int64_t i; (i = next++) < num_tasks;) task(i, room.get());
     });
 }
 
@@ -143,42 +192,16 @@ std::vector<Slice> hulls(const Slice* slices, int n) {
     return kept;
 }
 
-// rows [heads][num_rows padded to tiles of `tile`][padded dim] = factor * x; the padding is 0.
-template <class T, class Acc = acc_t<T>>
-std::unique_ptr<Acc[]> pack_rows(const Heads& x, int num_rows, int num_heads, int dim, int tile, Acc factor = 1) {
-    const int64_t rows = (int64_t)tiles_of(num_rows, tile) * tile, width = padded(dim);
-    auto packed = scratch<Acc>(num_heads * rows * width);
-    parallel_for(0, num_heads * rows, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t head = i / rows, row = i % rows;
-            Acc* out = packed.get() + i * width;
-            const int used = row < num_rows ? dim : 0;
-            const T* in = (const T*)x.data + (used ? row * x.row_stride + head * x.head_stride : 0);
-            for (int e = 0; e < used; ++e) out[e] = to_acc(in[e]) * factor;
-            for (int e = used; e < width; ++e) out[e] = 0;
-        }
-    });
-    return packed;
+template <class T>
+HeadRows head_rows(const Heads& x, int64_t head, int dim) {
+    return {(const char*)((const T*)x.data + head * x.head_stride), x.row_stride * (int64_t)sizeof(T), dim};
 }
 
-// tiles [heads][num_tiles][dim][kTileKeys] = x transposed; keys past the last one are 0.
-template <class T, class Acc = acc_t<T>>
-std::unique_ptr<Acc[]> pack_transposed(const Heads& x, int num_rows, int num_heads, int dim) {
-    const int num_tiles = tiles_of(num_rows, kTileKeys);
-    auto packed = scratch<Acc>((int64_t)num_heads * num_tiles * dim * kTileKeys);
-    parallel_for(0, (int64_t)num_heads * num_tiles, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t head = i / num_tiles, row = i % num_tiles * kTileKeys;
-            Acc* out = packed.get() + i * dim * kTileKeys;
-            const int rows = std::min<int64_t>(kTileKeys, num_rows - row);
-            const T* in = (const T*)x.data + row * x.row_stride + head * x.head_stride;
-            for (int e = 0; e < dim; ++e) {
-                for (int r = 0; r < rows; ++r) out[e * kTileKeys + r] = to_acc(in[r * x.row_stride + e]);
-                for (int r = rows; r < kTileKeys; ++r) out[e * kTileKeys + r] = 0;
-            }
-        }
-    });
-    return packed;
+// to [dim, ld] = factor * from [num_rows, width] transposed.
+template <class T>
+void transpose(const T* from, int64_t width, int num_rows, int dim, T factor, T* to, int64_t ld) {
+    for (int e = 0; e < dim; ++e)
+        for (int r = 0; r < num_rows; ++r) to[e * ld + r] = from[r * width + e] * factor;
 }
 
 // Scores leave the product in base 2, or divided by softcap where that is on.
@@ -191,70 +214,69 @@ template <class T, class Out>
 void forward(const ForwardParams& p) {
     using Acc = acc_t<T>;
     const AttentionShape& sh = p.shape;
-    const int group = sh.num_q_heads / sh.num_kv_heads, v_padded = padded(sh.v_dim);
+    const int d_padded = padded(sh.head_dim), v_padded = padded(sh.v_dim);
+    // The heads of a group share keys: as many as fit go into one panel, so that short inputs fill the lanes too. Small
+    // inputs get small tiles, for enough tasks.
+    const int group = sh.num_q_heads / sh.num_kv_heads;
+    int heads = std::min(group, kPanelLanes);
+    while (group % heads) --heads;
+    const int num_blocks = sh.num_q_heads / heads;
+    const int64_t lanes_per_task = (int64_t)sh.num_q * sh.num_q_heads / 64;
+    const int panels = std::clamp<int64_t>(lanes_per_task / kPanelLanes, 1, kTilePanels);
+    const int tile_lanes = panels * kPanelLanes, tile_rows = tile_lanes / heads,
+              num_tiles = tiles_of(sh.num_q, tile_rows);
     const auto slices = hulls(p.slices, p.num_slices);
-    const int num_q_tiles = tiles_of(sh.num_q, kTileRows);
-    const TileTable table = tile_table(slices, num_q_tiles, kTileRows);
-    const auto k_transposed = pack_transposed<T>(p.k, sh.num_k, sh.num_kv_heads, sh.head_dim);
-    const auto v_rows = pack_rows<T>(p.v, sh.num_k, sh.num_kv_heads, sh.v_dim, kTileKeys);
-    const ForwardTiles<Acc> work{
-        tiles_of(sh.num_k, kTileKeys), sh.head_dim, v_padded, Acc(p.softcap), k_transposed.get(), v_rows.get()};
+    const TileTable table = tile_table(slices, num_tiles, tile_rows);
     const TileKernels<Acc>& kernels = tile_kernels<Acc>();
     const Acc factor = score_factor<Acc>(p.softmax_scale, p.softcap);
 
-    run_tasks((int64_t)num_q_tiles * sh.num_q_heads, [&](int64_t task) {
-        const int tile = table.heaviest[task / sh.num_q_heads], head = task % sh.num_q_heads;
-        const int row_begin = tile * kTileRows, row_end = std::min(row_begin + kTileRows, sh.num_q);
-        std::vector<Acc> q(kTileRows * sh.head_dim), out(kTileRows * v_padded, 0), most(kTileRows, kNone<Acc>),
-            sum(kTileRows, 0);
-        for (int row = row_begin; row < row_end; ++row) {
-            const T* in = (const T*)p.q.data + row * p.q.row_stride + head * p.q.head_stride;
-            for (int e = 0; e < sh.head_dim; ++e) q[(row - row_begin) * sh.head_dim + e] = to_acc(in[e]) * factor;
+    const int64_t room_size = (sh.head_dim + sh.v_dim + 2) * tile_lanes + kTileKeys * (d_padded + v_padded);
+    run_tasks<Acc>((int64_t)num_tiles * num_blocks, room_size, [&](int64_t task, Acc* room) {
+        const int t = table.heaviest[task / num_blocks], head = task % num_blocks * heads, kv_head = head / group;
+        const int row = t * tile_rows, row_end = std::min(row + tile_rows, sh.num_q), lanes = (row_end - row) * heads;
+        Acc *q = room, *out = q + sh.head_dim * tile_lanes, *sum = out + sh.v_dim * tile_lanes,
+            *most = sum + tile_lanes;
+        Acc *k = most + tile_lanes, *v = k + kTileKeys * d_padded;
+        std::fill(q, most, Acc(0));
+        std::fill_n(most, tile_lanes, kNone<Acc>);
+        QueryTile<Acc> tile{row, row_end, heads, q, out, most, sum, k, v};
+        // A lane's vector of dim elements, kPanelLanes apart.
+        auto column = [](Acc* panels, int lane, int dim) {
+            return panels + lane / kPanelLanes * dim * kPanelLanes + lane % kPanelLanes;
+        };
+        for (int lane = 0; lane < lanes; ++lane) {
+            const T* in =
+                (const T*)p.q.data + (row + lane / heads) * p.q.row_stride + (head + lane % heads) * p.q.head_stride;
+            Acc* to = column(q, lane, sh.head_dim);
+            for (int e = 0; e < sh.head_dim; ++e) to[e * kPanelLanes] = to_acc(in[e]) * factor;
         }
-        for (int n = table.first[tile]; n < table.first[tile + 1]; ++n) {
-            const Slice s = crop(slices[table.slice[n]], row_begin, row_end, 0, sh.num_k);
-            kernels.forward_slice(work, head / group, s, row_begin, q.data(), out.data(), most.data(), sum.data());
+        for (int n = table.first[t]; n < table.first[t + 1]; ++n) {
+            const Slice s = hull(crop(slices[table.slice[n]], row, row_end, 0, sh.num_k));
+            kernels.forward_slice(p.dtype, head_rows<T>(p.k, kv_head, sh.head_dim),
+                                  head_rows<T>(p.v, kv_head, sh.v_dim), Acc(p.softcap * M_LOG2E), s, tile);
         }
-        for (int row = row_begin; row < row_end; ++row) {
-            const int r = row - row_begin;
-            const int64_t i = (int64_t)row * sh.num_q_heads + head;
-            Acc m = most[r], l = sum[r];
-            Acc* o = out.data() + r * v_padded;
+        for (int lane = 0; lane < lanes; ++lane) {
+            const int64_t i = (int64_t)(row + lane / heads) * sh.num_q_heads + head + lane % heads;
+            Acc m = most[lane], l = sum[lane];
+            Acc* o = column(out, lane, sh.v_dim);
             // A sink is a key without a value; a previous partial is a key whose score is its lse.
             auto add = [&](Acc score, const Acc* value) {
                 if (score == kNone<Acc>) return;
                 const Acc next = std::max(m, score), keep = std::exp2(m - next), weight = std::exp2(score - next);
                 l = l * keep + weight;
-                for (int e = 0; e < sh.v_dim; ++e) o[e] = o[e] * keep + (value ? weight * value[e] : Acc(0));
+                for (int e = 0; e < sh.v_dim; ++e)
+                    o[e * kPanelLanes] = o[e * kPanelLanes] * keep + (value ? weight * value[e] : Acc(0));
                 m = next;
             };
             for (int n = 0; n < p.num_sinks; ++n)
-                add(((const Acc*)p.sink)[n * sh.num_q_heads + head] * Acc(M_LOG2E), nullptr);
+                add(((const Acc*)p.sink)[n * sh.num_q_heads + head + lane % heads] * Acc(M_LOG2E), nullptr);
             if (p.lse_prev) add(((const Acc*)p.lse_prev)[i] * Acc(M_LOG2E), (const Acc*)p.out_prev + i * sh.v_dim);
             const bool bare = m == kNone<Acc>;
             ((Acc*)p.lse)[i] = bare ? kNone<Acc> : (m + std::log2(l)) * Acc(M_LN2);
             const Acc inverse = bare ? Acc(0) : Acc(1) / l;
-            Out* result = (Out*)p.out.data + row * p.out.row_stride + head * p.out.head_stride;
-            for (int e = 0; e < sh.v_dim; ++e) result[e] = from_acc<Out>(o[e] * inverse);
-        }
-    });
-}
-
-// out[row, head] = from_acc(factor * sum of num_parts addends) (+ previous).
-template <class Grad, class Acc>
-void write_rows(const Heads& out, const Acc* parts, int64_t part_stride, int num_parts, int num_rows, int num_heads,
-                int dim, int64_t head_rows, Acc factor, const Grad* previous) {
-    const int64_t width = padded(dim);
-    parallel_for(0, (int64_t)num_rows * num_heads, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i / num_heads, head = i % num_heads;
-            const Acc* in = parts + (head * head_rows + row) * width;
-            Grad* result = (Grad*)out.data + row * out.row_stride + head * out.head_stride;
-            for (int e = 0; e < dim; ++e) {
-                Acc total = 0;
-                for (int part = 0; part < num_parts; ++part) total += in[part * part_stride + e];
-                result[e] = from_acc<Grad>(total * factor + (previous ? to_acc(previous[i * dim + e]) : Acc(0)));
-            }
+            Out* result =
+                (Out*)p.out.data + (row + lane / heads) * p.out.row_stride + (head + lane % heads) * p.out.head_stride;
+            for (int e = 0; e < sh.v_dim; ++e) result[e] = from_acc<Out>(o[e * kPanelLanes] * inverse);
         }
     });
 }
@@ -271,54 +293,66 @@ void backward(const BackwardParams& p) {
     const TileTable table = tile_table(transposed, num_tiles, kTileKeys);
 
     const Acc factor = score_factor<Acc>(p.softmax_scale, p.softcap);
-    const auto k_transposed = pack_transposed<T>(p.k, sh.num_k, kv_heads, sh.head_dim);
-    const auto v_transposed = pack_transposed<T>(p.v, sh.num_k, kv_heads, sh.v_dim);
-    const auto k_rows = pack_rows<T>(p.k, sh.num_k, kv_heads, sh.head_dim, kTileKeys);
-    const auto q_rows = pack_rows<T>(p.q, sh.num_q, heads, sh.head_dim, 1, factor);
-    const auto dout_rows = pack_rows<T>(p.dout, sh.num_q, heads, sh.v_dim, 1);
-    const auto lse = scratch<Acc>((int64_t)heads * sh.num_q), delta = scratch<Acc>((int64_t)heads * sh.num_q);
-    for (int64_t row = 0; row < sh.num_q; ++row)
-        for (int64_t head = 0; head < heads; ++head) {
-            lse[head * sh.num_q + row] = ((const Acc*)p.lse)[row * heads + head] * Acc(M_LOG2E);
-            delta[head * sh.num_q + row] = ((const Acc*)p.delta)[row * heads + head];
-        }
-    const BackwardTiles<Acc> work{num_tiles,    sh.num_q,        sh.head_dim,        sh.v_dim,           d_padded,
-                                  v_padded,     Acc(p.softcap),  k_transposed.get(), v_transposed.get(), k_rows.get(),
-                                  q_rows.get(), dout_rows.get(), lse.get(),          delta.get()};
     const TileKernels<Acc>& kernels = tile_kernels<Acc>();
 
     // Enough tasks for the threads: where there are few kv heads, each one's k tiles are dealt out, heavy ones first,
-    // to several tasks.
-    const int num_parts =
-        std::max(1, std::min(num_tiles, (int)torch::stable::get_num_threads() / std::max(1, kv_heads)));
+    // to several tasks, as far as their dq fit into a gigabyte.
     const int64_t part_stride = (int64_t)heads * sh.num_q * d_padded;
+    const int64_t affordable = (1 << 30) / std::max<int64_t>(1, part_stride * sizeof(Acc));
+    const int64_t wanted = std::min<int64_t>(num_tiles, torch::stable::get_num_threads() / kv_heads);
+    const int num_parts = std::max<int64_t>(1, std::min(wanted, affordable));
     auto dq = scratch<Acc>(num_parts * part_stride);
-    auto dk = scratch<Acc>((int64_t)kv_heads * num_tiles * kTileKeys * d_padded);
-    auto dv = scratch<Acc>((int64_t)kv_heads * num_tiles * kTileKeys * v_padded);
-    run_tasks((int64_t)kv_heads * num_parts, [&](int64_t task) {
+    const int64_t room_size = kTileKeys * (3 * (d_padded + v_padded)) + kTileRows * (d_padded + v_padded);
+    run_tasks<Acc>((int64_t)kv_heads * num_parts, room_size, [&](int64_t task, Acc* room) {
         const int kv_head = task % kv_heads, part = task / kv_heads;
         Acc* dq_part = dq.get() + part * part_stride;
         std::fill_n(dq_part + (int64_t)kv_head * group * sh.num_q * d_padded, (int64_t)group * sh.num_q * d_padded,
                     Acc(0));
+        Acc *k = room, *k_transposed = k + kTileKeys * d_padded, *dk = k_transposed + kTileKeys * d_padded;
+        Acc *v = dk + kTileKeys * d_padded, *v_transposed = v + kTileKeys * v_padded,
+            *dv = v_transposed + kTileKeys * v_padded;
+        Acc *q = dv + kTileKeys * v_padded, *dout = q + kTileRows * d_padded;
         for (int t = part; t < num_tiles; t += num_parts) {
-            const int tile = table.heaviest[t];
-            const int64_t tile_row = ((int64_t)kv_head * num_tiles + tile) * kTileKeys;
-            std::fill_n(dk.get() + tile_row * d_padded, kTileKeys * d_padded, Acc(0));
-            std::fill_n(dv.get() + tile_row * v_padded, kTileKeys * v_padded, Acc(0));
-            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-                for (int n = table.first[tile]; n < table.first[tile + 1]; ++n)
-                    kernels.backward_slice(work, head, kv_head, tile, slices[table.slice[n]],
-                                           dq_part + (int64_t)head * sh.num_q * d_padded,
-                                           dk.get() + tile_row * d_padded, dv.get() + tile_row * v_padded);
+            const int index = table.heaviest[t], key = index * kTileKeys,
+                      num_keys = std::min(kTileKeys, sh.num_k - key);
+            std::fill(room, q, Acc(0));
+            kernels.load(p.dtype, head_rows<T>(p.k, kv_head, sh.head_dim), key, num_keys, k, d_padded);
+            kernels.load(p.dtype, head_rows<T>(p.v, kv_head, sh.v_dim), key, num_keys, v, v_padded);
+            transpose(k, d_padded, kTileKeys, sh.head_dim, factor, k_transposed, kTileKeys);
+            transpose(v, v_padded, kTileKeys, sh.v_dim, Acc(1), v_transposed, kTileKeys);
+            KeyTile<Acc> tile{key, d_padded, v_padded, k, k_transposed, v_transposed, dk, dv, q, dout};
+            for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                const QueryHead<Acc> query{head_rows<T>(p.q, head, sh.head_dim),
+                                           head_rows<T>(p.dout, head, sh.v_dim),
+                                           (const Acc*)p.lse + head,
+                                           (const Acc*)p.delta + head,
+                                           heads,
+                                           dq_part + (int64_t)head * sh.num_q * d_padded};
+                for (int n = table.first[index]; n < table.first[index + 1]; ++n)
+                    kernels.backward_slice(p.dtype, query, Acc(p.softcap * M_LOG2E), slices[table.slice[n]], tile);
+            }
+            for (int i = 0; i < num_keys; ++i) {
+                Grad* dk_row = (Grad*)p.dk.data + (key + i) * p.dk.row_stride + kv_head * p.dk.head_stride;
+                Grad* dv_row = (Grad*)p.dv.data + (key + i) * p.dv.row_stride + kv_head * p.dv.head_stride;
+                for (int e = 0; e < sh.head_dim; ++e)
+                    dk_row[e] = from_acc<Grad>(dk[i * d_padded + e] * Acc(p.softmax_scale));
+                for (int e = 0; e < sh.v_dim; ++e) dv_row[e] = from_acc<Grad>(dv[i * v_padded + e]);
+            }
         }
     });
-    write_rows<Grad, Acc>(p.dq, dq.get(), part_stride, num_parts, sh.num_q, heads, sh.head_dim, sh.num_q,
-                          Acc(p.softmax_scale), (const Grad*)p.dq_prev);
-    // q was packed with its factor: dk = scale * dS^T q = scale / factor * dS^T (factor * q).
-    const int64_t head_rows = (int64_t)num_tiles * kTileKeys;
-    const Acc k_factor = Acc(p.softcap > 0 ? p.softcap : M_LN2);
-    write_rows<Grad, Acc>(p.dk, dk.get(), 0, 1, sh.num_k, kv_heads, sh.head_dim, head_rows, k_factor, nullptr);
-    write_rows<Grad, Acc>(p.dv, dv.get(), 0, 1, sh.num_k, kv_heads, sh.v_dim, head_rows, Acc(1), nullptr);
+    const Grad* dq_prev = (const Grad*)p.dq_prev;
+    parallel_for(0, (int64_t)sh.num_q * heads, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / heads, head = i % heads;
+            Grad* out = (Grad*)p.dq.data + row * p.dq.row_stride + head * p.dq.head_stride;
+            Acc* total = dq.get() + (head * sh.num_q + row) * d_padded;
+            for (int part = 1; part < num_parts; ++part)
+                for (int e = 0; e < sh.head_dim; ++e) total[e] += total[part * part_stride + e];
+            const Grad* previous = dq_prev ? dq_prev + i * sh.head_dim : nullptr;
+            for (int e = 0; e < sh.head_dim; ++e)
+                out[e] = from_acc<Grad>(total[e] * Acc(p.softmax_scale) + (previous ? to_acc(previous[e]) : Acc(0)));
+        }
+    });
 }
 
 // The output type is the storage type or the accumulator.
