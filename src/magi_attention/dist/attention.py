@@ -26,8 +26,9 @@ _RETURN_COPIES = torch.__version__ < "2.13"
 
 
 class _Attend(torch.autograd.Function):
+    # Slices and stages, not the plan: torch 2.11 guards every number in a frozen dataclass that it sees go in here.
     @staticmethod
-    def forward(ctx, q, k, v, sink, plan, group, softmax_scale, softcap, deterministic):
+    def forward(ctx, q, k, v, sink, slices, stages, group, softmax_scale, softcap, deterministic):
         accumulator = accumulation_dtype(q.dtype)
         kv = torch.cat([k, v], dim=2)
 
@@ -46,22 +47,22 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        flying = [_cast(kv, plan.stages[0], group, [])]
-        out, lse = attend_keys(kv, plan.slices, None, None, flying, last=False)
-        for stage, following in zip(plan.stages, (*plan.stages[1:], None)):
+        flying = [_cast(kv, stages[0], group, [])]
+        out, lse = attend_keys(kv, slices, None, None, flying, last=False)
+        for stage, following in zip(stages, (*stages[1:], None)):
             coming = [] if following is None else [_cast(kv, following, group, flying)]
             out, lse = attend_keys(wait(*flying), stage.slices, out, lse, coming, last=following is None)
             flying = coming
 
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.plan, ctx.group = plan, group
+        ctx.save_for_backward(q, k, v, sink, slices, out, lse)
+        ctx.stages, ctx.group = stages, group
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
         return (out.clone(), lse.clone()) if _RETURN_COPIES else (out, lse)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        plan, group = ctx.plan, ctx.group
+        q, k, v, sink, slices, out, lse = ctx.saved_tensors
+        stages, group = ctx.stages, ctx.group
         kv = torch.cat([k, v], dim=2)
 
         def grads_of_keys(keys, slices, dq, after):
@@ -81,23 +82,23 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        flying = launched = [_cast(kv, plan.stages[0], group, [dout])]
+        flying = launched = [_cast(kv, stages[0], group, [dout])]
         delta = _ops.ffa_delta(dout, out, dlse)
-        dq, dk, dv = grads_of_keys(kv, plan.slices, None, flying)
+        dq, dk, dv = grads_of_keys(kv, slices, None, flying)
         dkv = torch.cat([dk, dv], dim=2)
         returning: list[Tensor] = []
-        for stage, following in zip(plan.stages, (*plan.stages[1:], None)):
+        for stage, following in zip(stages, (*stages[1:], None)):
             coming = [] if following is None else [_cast(kv, following, group, [dout, *launched])]
             dq, dk, dv = grads_of_keys(wait(*flying), stage.slices, dq, coming + returning[-1:])
             launched = [group_reduce([dk, dv], stage.splits, group, stage.send_rows.shape[0], coming or launched)]
             returning += launched
             flying = coming
-        for stage, arrived in zip(plan.stages, returning):
+        for stage, arrived in zip(stages, returning):
             dkv = dkv + _ops.range_scatter_reduce(wait(arrived), stage.send_ranges, dkv.shape[0])
 
         dk, dv = dkv.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
         dsink = None if sink is None else sink_gradient(sink, lse, delta)
-        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None
+        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None
 
 
 def _cast(kv: Tensor, stage: Stage, group: str, after: list[Tensor]) -> Tensor:
@@ -194,4 +195,4 @@ def attend(
         return heads_local(attend_local, q, k, v, sink, group)
     _check(q, k, v, sink, plan, mesh)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return _Attend.apply(q, k, v, sink, plan, group, scale, softcap, deterministic)
+    return _Attend.apply(q, k, v, sink, plan.slices, plan.stages, group, scale, softcap, deterministic)
