@@ -71,7 +71,8 @@ def test_includes_point_down(path):
     allowed = {"ops": {"ops", "cpu", "cuda", "plan"}}.get(folder, {folder})
     included = set(INCLUDE.findall(text))
     if folder == "cuda":
-        included -= {("kernels", "args.cuh"), ("kernels", "ffa_bwd.cuh")}  # the plain argument structs that launchers fill and kernels read
+        # The plain argument structs that launchers fill and kernels read.
+        included -= {("kernels", "args.cuh"), ("kernels", "ffa_bwd.cuh")}
     assert {name for name, _ in included} <= allowed
 
 
