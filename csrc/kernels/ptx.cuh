@@ -53,6 +53,24 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& b
         "l"(&map), "r"(smem_addr(&bar)), "r"(dim), "r"(head), "r"(row)
         : "memory");
 }
+// Contiguous bytes, a multiple of 16, both sides 16-byte aligned.
+__device__ __forceinline__ void bulk_load(void* dst, const void* src, u32 bytes, u64& bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_addr(dst)),
+                 "l"(src), "r"(bytes), "r"(smem_addr(&bar))
+                 : "memory");
+}
+// Adds fp32 words of shared memory to global memory, as one group of the calling thread.
+__device__ __forceinline__ void bulk_add(float* dst, const float* src, u32 bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+            dst),
+        "r"(smem_addr(src)), "r"(bytes)
+        : "memory");
+}
+// Until the thread's groups have read their source; until they are done.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
