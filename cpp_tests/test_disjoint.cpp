@@ -18,8 +18,8 @@ TEST(FindOverlap, AgreesWithCounting) {
         std::vector<Slice> mask;
         for (int i = 0; i < 2 + round % 6; ++i) {
             const int q = random() % 20, k = random() % 20, band = static_cast<int>(random() % 30) - 15;
-            mask.push_back({q, q + static_cast<int>(random() % 8), k, k + static_cast<int>(random() % 8), random() % 2 ? kNoLo : band,
-                            random() % 2 ? kNoHi : band + static_cast<int>(random() % 9)});
+            mask.push_back({q, q + static_cast<int>(random() % 8), k, k + static_cast<int>(random() % 8),
+                            random() % 2 ? kNoLo : band, random() % 2 ? kNoHi : band + static_cast<int>(random() % 9)});
         }
         const auto covered_twice = [](const Slice& a, const Slice& b) {
             for (int q = 0; q < 28; ++q) {
@@ -54,7 +54,7 @@ TEST(FindOverlap, ComplementaryBandsShareARectangle) {
 
 TEST(FindOverlap, HundredThousandSlicesAreNotQuadratic) {
     std::vector<Slice> mask;
-    for (int i = 0; i < 50000; ++i) {    // each row block sees itself and a shared prefix of its group
+    for (int i = 0; i < 50000; ++i) {  // each row block sees itself and a shared prefix of its group
         const int q = 1000 + i * 64;
         mask.push_back(causal(q, q + 64, q, q + 64));
         mask.push_back({q, q + 64, 0, 1000, kNoLo, kNoHi});

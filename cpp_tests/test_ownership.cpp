@@ -14,7 +14,7 @@ namespace {
 
 // Seconds of the slowest rank for every set of chunks, measured once.
 class Brute {
-public:
+  public:
     Brute(const Demand& demand, const Grid& grid, const CostModel& cost)
         : demand_(demand), grid_(grid), cost_(cost), time_(size_t{1} << grid.num_chunks(), -1) {}
 
@@ -36,7 +36,7 @@ public:
         return best_;
     }
 
-private:
+  private:
     // The lowest chunk left goes to the next rank, with every choice of others; ranks are interchangeable.
     void deal(unsigned left, int ranks, double slowest) {
         if (slowest >= best_) return;
@@ -137,9 +137,11 @@ TEST(Ownership, SeveralMasksCountByTheirWeights) {
     const Grid grid{8192, 64, 4, 32};
     const std::vector<Slice> window = {{0, 8192, 0, 8192, -255, 0}}, whole = documents({8192});
     const WeightedMask masks[] = {{window, 3}, {whole, 1}};
-    const Demand both = demand_of(masks, grid, 8192), first = demand_of(window, grid, 8192), second = demand_of(whole, grid, 8192);
+    const Demand both = demand_of(masks, grid, 8192), first = demand_of(window, grid, 8192),
+                 second = demand_of(whole, grid, 8192);
     const Ownership chunks = assign_chunks(both, grid, kCost);
-    const auto a = shares_of(chunks, first, grid, kCost), b = shares_of(chunks, second, grid, kCost), ab = shares_of(chunks, both, grid, kCost);
+    const auto a = shares_of(chunks, first, grid, kCost), b = shares_of(chunks, second, grid, kCost),
+               ab = shares_of(chunks, both, grid, kCost);
     for (int r = 0; r < 4; ++r) {
         EXPECT_NEAR(ab[r].area, 0.75 * a[r].area + 0.25 * b[r].area, 1e-6 * ab[r].area);
         EXPECT_NEAR(ab[r].remote, 0.75 * a[r].remote + 0.25 * b[r].remote, 1e-6 * ab[r].remote + 1e-6);
@@ -148,11 +150,11 @@ TEST(Ownership, SeveralMasksCountByTheirWeights) {
 
 TEST(Ownership, KeysLiveWhereTheyAreNeeded) {
     const Grid q_grid{400, 50, 4, 2}, k_grid{80, 10, 4, 2};
-    std::vector<Slice> mask;    // block i of rows sees block i of keys only
+    std::vector<Slice> mask;  // block i of rows sees block i of keys only
     for (int i = 0; i < 4; ++i) mask.push_back({100 * i, 100 * i + 100, 20 * i, 20 * i + 20, kNoLo, kNoHi});
     const Demand demand = demand_of(mask, q_grid, 80);
     const Ownership q = assign_chunks(demand, q_grid, kCost), k = assign_keys(demand, q_grid, q, k_grid);
-    EXPECT_EQ(q, k);    // blocks of both are two chunks each
+    EXPECT_EQ(q, k);  // blocks of both are two chunks each
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// With nodes: each allowed cell still computed once, each row crosses to a node at most once, and only where it is needed there.
+// With nodes: each allowed cell still computed once, each row crosses to a node at most once, and only where it is
+// needed there.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,7 +18,8 @@ constexpr CostModel kCost{2.7e-11, 1.1e-8, 1e-6, 0.05, 0.1, 0.01};
 void check_relay(const std::vector<Slice>& mask, const Grid& grid, const Ownership& chunks, int node_size, int stages) {
     const int world = grid.world;
     const Runs runs = runs_of(grid, chunks);
-    std::vector<std::vector<int>> local(world, std::vector<int>(grid.slots * grid.chunk, -1));    // global row of each local one
+    std::vector<std::vector<int>> local(world,
+                                        std::vector<int>(grid.slots * grid.chunk, -1));  // global row of each local one
     std::vector<int> owner(grid.total);
     for (const Run& run : runs.runs) {
         for (int row = run.begin; row < run.end; ++row) {
@@ -32,7 +34,8 @@ void check_relay(const std::vector<Slice>& mask, const Grid& grid, const Ownersh
         }
     }
     std::vector<RelayTables> tables;
-    for (int r = 0; r < world; ++r) tables.push_back(make_relay_tables(mask, grid, chunks, grid, chunks, r, node_size, stages, kCost));
+    for (int r = 0; r < world; ++r)
+        tables.push_back(make_relay_tables(mask, grid, chunks, grid, chunks, r, node_size, stages, kCost));
     const auto compute = [&](int rank, const std::vector<Slice>& slices, const std::vector<int>& keys) {
         for (const Slice& s : slices) {
             for (int q = s.q0; q < s.q1; ++q) {
@@ -53,7 +56,8 @@ void check_relay(const std::vector<Slice>& mask, const Grid& grid, const Ownersh
                 for (const Range& r : ranges_of(from)) {
                     for (int row = r.begin; row < r.end; ++row) sent.push_back(held[from].at(row));
                 }
-                EXPECT_EQ(static_cast<int64_t>(sent.size()), std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}));
+                EXPECT_EQ(static_cast<int64_t>(sent.size()),
+                          std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}));
                 const int64_t first = std::accumulate(splits.begin(), splits.begin() + to, int64_t{0});
                 received[to].insert(received[to].end(), sent.begin() + first, sent.begin() + first + splits[to]);
             }
@@ -61,11 +65,12 @@ void check_relay(const std::vector<Slice>& mask, const Grid& grid, const Ownersh
         return received;
     };
 
-    std::map<std::pair<int, int>, int> crossings;    // (row, node)
+    std::map<std::pair<int, int>, int> crossings;  // (row, node)
     for (int r = 0; r < world; ++r) compute(r, tables[r].slices, local[r]);
     for (int s = 0; s < stages; ++s) {
-        const auto relayed = deliver(local, [&](int r) -> const auto& { return tables[r].stages[s].relay_send; },
-                                     [&](int r) -> const auto& { return tables[r].stages[s].relay_splits; });
+        const auto relayed = deliver(
+            local, [&](int r) -> const auto& { return tables[r].stages[s].relay_send; },
+            [&](int r) -> const auto& { return tables[r].stages[s].relay_splits; });
         std::vector<std::vector<int>> held(local);
         for (int r = 0; r < world; ++r) {
             for (const int row : relayed[r]) {
@@ -75,8 +80,9 @@ void check_relay(const std::vector<Slice>& mask, const Grid& grid, const Ownersh
                 held[r].push_back(row);
             }
         }
-        const auto buffers = deliver(held, [&](int r) -> const auto& { return tables[r].stages[s].send; },
-                                     [&](int r) -> const auto& { return tables[r].stages[s].splits; });
+        const auto buffers = deliver(
+            held, [&](int r) -> const auto& { return tables[r].stages[s].send; },
+            [&](int r) -> const auto& { return tables[r].stages[s].splits; });
         for (int r = 0; r < world; ++r) {
             for (int other = 0; other < world; ++other) {
                 ASSERT_TRUE(other / node_size == r / node_size || tables[r].stages[s].splits[other] == 0);
@@ -102,7 +108,8 @@ TEST(Relay, RowsCrossOncePerNode) {
         const int total = 20 + static_cast<int>(seed * 7 % 60), chunk = 1 + static_cast<int>(seed % 7);
         const Grid grid{total, chunk, world, (total + chunk * world - 1) / (chunk * world)};
         const std::vector<Slice> mask = random_bands(total, total, seed);
-        check_relay(mask, grid, assign_chunks(demand_of(mask, grid, total), grid, kCost), node_size, 1 + static_cast<int>(seed % 3));
+        check_relay(mask, grid, assign_chunks(demand_of(mask, grid, total), grid, kCost), node_size,
+                    1 + static_cast<int>(seed % 3));
     }
 }
 

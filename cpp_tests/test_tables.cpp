@@ -49,8 +49,8 @@ void add(Cells& cells, const std::vector<Slice>& slices, const std::vector<int>&
     }
 }
 
-void check_plan(const std::vector<Slice>& mask, const Grid& q_grid, const Ownership& q, const Grid& k_grid, const Ownership& k,
-                int stages) {
+void check_plan(const std::vector<Slice>& mask, const Grid& q_grid, const Ownership& q, const Grid& k_grid,
+                const Ownership& k, int stages) {
     check_ownership(q_grid, q, "q");
     check_ownership(k_grid, k, "k");
     const int world = q_grid.world;
@@ -128,7 +128,8 @@ TEST(Tables, NeighbouringChunksMakeOneSlice) {
 TEST(Ownership, BadTablesAreRefused) {
     const Grid grid = grid_of(40, 10, 2);
     EXPECT_NO_THROW(check_ownership(grid, Ownership{0, 3, 1, 2}, "chunks"));
-    for (const Ownership& bad : {Ownership{0, 1, 2}, Ownership{0, 1, 2, 2}, Ownership{1, 0, 2, 3}, Ownership{0, 1, 2, 4}, Ownership{0, 1, 2, -1}}) {
+    for (const Ownership& bad : {Ownership{0, 1, 2}, Ownership{0, 1, 2, 2}, Ownership{1, 0, 2, 3},
+                                 Ownership{0, 1, 2, 4}, Ownership{0, 1, 2, -1}}) {
         EXPECT_THROW(check_ownership(grid, bad, "chunks"), std::invalid_argument);
     }
 }

@@ -1,4 +1,5 @@
-// The border of the planner: tensors in, tensors out; no planning here. Host code: these ops run on CPU tensors and are not traced.
+// The border of the planner: tensors in, tensors out; no planning here. Host code: these ops run on CPU tensors and are
+// not traced.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,16 +17,17 @@ namespace {
 
 using torch::stable::new_empty;
 
-static_assert(sizeof(Slice) == 6 * sizeof(int) && sizeof(Range) == 2 * sizeof(int), "slices and ranges are int32 table rows");
+static_assert(sizeof(Slice) == 6 * sizeof(int) && sizeof(Range) == 2 * sizeof(int),
+              "slices and ranges are int32 table rows");
 
 Tensor check_host_slices(const Tensor& slices, int64_t total_q, int64_t total_k) {
     const Tensor table = check_table(slices, 6, "slices");
     const Slice* rows = static_cast<const Slice*>(table.data_ptr());
     for (int64_t i = 0; i < table.size(0); ++i) {
         const Slice& s = rows[i];
-        MAGI_CHECK(0 <= s.q0 && s.q0 <= s.q1 && s.q1 <= total_q && 0 <= s.k0 && s.k0 <= s.k1 && s.k1 <= total_k, "slices[", i,
-                   "] must have ranges within [0, ", total_q, ") x [0, ", total_k, "), got [", s.q0, ", ", s.q1, ") x [", s.k0, ", ",
-                   s.k1, ")");
+        MAGI_CHECK(0 <= s.q0 && s.q0 <= s.q1 && s.q1 <= total_q && 0 <= s.k0 && s.k0 <= s.k1 && s.k1 <= total_k,
+                   "slices[", i, "] must have ranges within [0, ", total_q, ") x [0, ", total_k, "), got [", s.q0, ", ",
+                   s.q1, ") x [", s.k0, ", ", s.k1, ")");
     }
     return table;
 }
@@ -40,13 +42,14 @@ plan::Grid check_grid(const std::vector<int64_t>& grid, const char* name) {
     MAGI_CHECK(0 <= total && total < kMaxRows, name, ": total must be in [0, 2**29), got ", total);
     MAGI_CHECK(1 <= chunk && chunk < kMaxRows, name, ": chunk must be in [1, 2**29), got ", chunk);
     MAGI_CHECK(1 <= world && world < (1 << 20), name, ": world_size must be in [1, 2**20), got ", world);
-    MAGI_CHECK(1 <= slots && world * slots < kMaxRows && world * slots * chunk >= total, name, ": ", slots, " slots of ", chunk,
-               " rows on ", world, " ranks do not hold ", total, " rows");
+    MAGI_CHECK(1 <= slots && world * slots < kMaxRows && world * slots * chunk >= total, name, ": ", slots,
+               " slots of ", chunk, " rows on ", world, " ranks do not hold ", total, " rows");
     return {static_cast<int>(total), static_cast<int>(chunk), static_cast<int>(world), static_cast<int>(slots)};
 }
 
 plan::CostModel check_cost(const std::vector<double>& cost) {
-    MAGI_CHECK(cost.size() == 6, "cost must be [cell, row, launch, exposed, traffic, slack], got ", cost.size(), " numbers");
+    MAGI_CHECK(cost.size() == 6, "cost must be [cell, row, launch, exposed, traffic, slack], got ", cost.size(),
+               " numbers");
     return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5]};
 }
 
@@ -85,9 +88,11 @@ Tensor slices_overlap(const Tensor& slices) {
 }
 
 // Masks of one length, weighted, that share an ownership.
-plan::Demand check_masks(const std::vector<Tensor>& slices, const std::vector<double>& weights, const plan::Grid& grid, int64_t total_k) {
+plan::Demand check_masks(const std::vector<Tensor>& slices, const std::vector<double>& weights, const plan::Grid& grid,
+                         int64_t total_k) {
     MAGI_CHECK(!slices.empty(), "slices must hold at least one mask, got none");
-    MAGI_CHECK(slices.size() == weights.size(), "weights must be one number for each of ", slices.size(), " masks, got ", weights.size());
+    MAGI_CHECK(slices.size() == weights.size(), "weights must be one number for each of ", slices.size(),
+               " masks, got ", weights.size());
     MAGI_CHECK(0 <= total_k && total_k < kMaxRows, "total_k must be in [0, 2**29), got ", total_k);
     std::vector<Tensor> tables;
     std::vector<plan::WeightedMask> masks;
@@ -105,15 +110,15 @@ Tensor chunk_table(const Tensor& like, const plan::Ownership& chunks, const plan
     return out;
 }
 
-Tensor plan_ownership(std::vector<Tensor> slices, std::vector<double> weights, std::vector<int64_t> q_grid, int64_t total_k,
-                      std::vector<double> cost) {
+Tensor plan_ownership(std::vector<Tensor> slices, std::vector<double> weights, std::vector<int64_t> q_grid,
+                      int64_t total_k, std::vector<double> cost) {
     const plan::Grid grid = check_grid(q_grid, "q_grid");
     const plan::Demand demand = check_masks(slices, weights, grid, total_k);
     return chunk_table(slices[0], plan::assign_chunks(demand, grid, check_cost(cost)), grid);
 }
 
-Tensor plan_key_ownership(std::vector<Tensor> slices, std::vector<double> weights, const Tensor& q_chunks, std::vector<int64_t> q_grid,
-                          std::vector<int64_t> k_grid) {
+Tensor plan_key_ownership(std::vector<Tensor> slices, std::vector<double> weights, const Tensor& q_chunks,
+                          std::vector<int64_t> q_grid, std::vector<int64_t> k_grid) {
     const plan::Grid q = check_grid(q_grid, "q_grid"), k = check_grid(k_grid, "k_grid");
     MAGI_CHECK(q.world == k.world, "k_grid must have the world_size of q_grid, ", q.world, ", got ", k.world);
     const plan::Demand demand = check_masks(slices, weights, q, k.total);
@@ -129,13 +134,25 @@ struct PlanCall {
     int stages;
     plan::CostModel cost;
 
-    plan::Tables tables(int rank) const { return plan::make_tables(span_of(slices), q, q_owned, k, k_owned, rank, stages, cost); }
+    plan::Tables tables(int rank) const {
+        return plan::make_tables(span_of(slices), q, q_owned, k, k_owned, rank, stages, cost);
+    }
 };
 
-PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, const std::vector<int64_t>& q_grid,
-                    const std::vector<int64_t>& k_grid, int64_t stages, const std::vector<double>& cost) {
-    PlanCall call{check_grid(q_grid, "q_grid"), check_grid(k_grid, "k_grid"), {}, {}, {}, {}, {}, static_cast<int>(stages), check_cost(cost)};
-    MAGI_CHECK(call.q.world == call.k.world, "k_grid must have the world_size of q_grid, ", call.q.world, ", got ", call.k.world);
+PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
+                    const std::vector<int64_t>& q_grid, const std::vector<int64_t>& k_grid, int64_t stages,
+                    const std::vector<double>& cost) {
+    PlanCall call{check_grid(q_grid, "q_grid"),
+                  check_grid(k_grid, "k_grid"),
+                  {},
+                  {},
+                  {},
+                  {},
+                  {},
+                  static_cast<int>(stages),
+                  check_cost(cost)};
+    MAGI_CHECK(call.q.world == call.k.world, "k_grid must have the world_size of q_grid, ", call.q.world, ", got ",
+               call.k.world);
     MAGI_CHECK(1 <= stages && stages <= 64, "stages must be in [1, 64], got ", stages);
     call.slices = check_host_slices(slices, call.q.total, call.k.total);
     call.q_chunks = check_table(q_chunks, call.q.slots, "q_chunks");
@@ -145,10 +162,11 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
     return call;
 }
 
-// q_ranges, k_ranges, slices, statistics [world, 2 + stages] (area, remote rows, rows of each stage); then for each stage slices,
-// send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
-std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
-                                std::vector<int64_t> k_grid, int64_t rank, int64_t stages, std::vector<double> cost) {
+// q_ranges, k_ranges, slices, statistics [world, 2 + stages] (area, remote rows, rows of each stage); then for each
+// stage slices, send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
+std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
+                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank, int64_t stages,
+                                std::vector<double> cost) {
     const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
     const plan::Grid& q = call.q;
     MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
@@ -158,8 +176,8 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
         statistics.insert(statistics.end(), {tables.ranks[r].area, tables.ranks[r].remote});
         for (int64_t s = 0; s < stages; ++s) statistics.push_back(tables.stage_rows[r * stages + s]);
     }
-    std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges), table_of(slices, tables.slices),
-                               longs_of(slices, statistics, {q.world, 2 + stages})};
+    std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges),
+                               table_of(slices, tables.slices), longs_of(slices, statistics, {q.world, 2 + stages})};
     for (const plan::StageTables& stage : tables.stages) {
         out.push_back(table_of(slices, stage.slices));
         out.push_back(table_of(slices, stage.send));
@@ -170,23 +188,27 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     return out;
 }
 
-// The way over nodes: slices; then for each stage slices, relay_ranges, relay_splits, relay_rows, relay_send_rows, fan_ranges,
-// fan_splits, fan_rows, fan_send_rows (the four row counts as [n, 0]).
-std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
-                               std::vector<int64_t> k_grid, int64_t rank, int64_t node_size, int64_t stages, std::vector<double> cost) {
+// The way over nodes: slices; then for each stage slices, relay_ranges, relay_splits, relay_rows, relay_send_rows,
+// fan_ranges, fan_splits, fan_rows, fan_send_rows (the four row counts as [n, 0]).
+std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
+                               std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
+                               int64_t node_size, int64_t stages, std::vector<double> cost) {
     const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
     const int64_t world = call.q.world;
     MAGI_CHECK(0 <= rank && rank < world, "rank must be in [0, ", world, "), got ", rank);
-    MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ", node_size);
+    MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ",
+               node_size);
     const plan::RelayTables tables =
-        plan::make_relay_tables(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned, static_cast<int>(rank),
-                                static_cast<int>(node_size), call.stages, call.cost);
+        plan::make_relay_tables(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned,
+                                static_cast<int>(rank), static_cast<int>(node_size), call.stages, call.cost);
     std::vector<Tensor> out = {table_of(slices, tables.slices)};
     const auto push = [&](const std::vector<Range>& ranges, const std::vector<int64_t>& splits) {
         out.push_back(table_of(slices, ranges));
         out.push_back(longs_of(slices, splits, {2, world}));
-        out.push_back(new_empty(slices, {std::accumulate(splits.begin() + world, splits.end(), int64_t{0}), 0}, ScalarType::Int));
-        out.push_back(new_empty(slices, {std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}), 0}, ScalarType::Int));
+        out.push_back(
+            new_empty(slices, {std::accumulate(splits.begin() + world, splits.end(), int64_t{0}), 0}, ScalarType::Int));
+        out.push_back(new_empty(slices, {std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}), 0},
+                                ScalarType::Int));
     };
     for (const plan::RelayStage& stage : tables.stages) {
         out.push_back(table_of(slices, stage.slices));
@@ -196,16 +218,18 @@ std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, con
     return out;
 }
 
-// What every rank's tables say together: rows from source to destination in each stage, int64 [stages, world, world]; allowed cells
-// that each rank computes in each stage, its own keys first, int64 [world, 1 + stages]; number of slices likewise.
+// What every rank's tables say together: rows from source to destination in each stage, int64 [stages, world, world];
+// allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages]; number of slices
+// likewise.
 std::tuple<Tensor, Tensor, Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
-                                                 std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t stages,
-                                                 std::vector<double> cost) {
+                                                 std::vector<int64_t> q_grid, std::vector<int64_t> k_grid,
+                                                 int64_t stages, std::vector<double> cost) {
     const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
     const int64_t world = call.q.world;
     std::vector<int64_t> rows(stages * world * world), areas(world * (1 + stages)), pieces(world * (1 + stages));
     const auto total_area = [](const std::vector<Slice>& part) {
-        return std::accumulate(part.begin(), part.end(), int64_t{0}, [](int64_t sum, const Slice& s) { return sum + area(s); });
+        return std::accumulate(part.begin(), part.end(), int64_t{0},
+                               [](int64_t sum, const Slice& s) { return sum + area(s); });
     };
     for (int64_t r = 0; r < world; ++r) {
         const plan::Tables tables = call.tables(static_cast<int>(r));
@@ -228,15 +252,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def("slices_area(Tensor slices) -> Tensor");
     m.def("slices_overlap(Tensor slices) -> Tensor");
     m.def("plan_ownership(Tensor[] slices, float[] weights, int[] q_grid, int total_k, float[] cost) -> Tensor");
-    m.def("plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
     m.def(
-        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int stages, float[] cost) "
+        "plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
+    m.def(
+        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int "
+        "stages, float[] cost) "
         "-> Tensor[]");
     m.def(
-        "plan_relay(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int node_size, "
+        "plan_relay(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int "
+        "node_size, "
         "int stages, float[] cost) -> Tensor[]");
     m.def(
-        "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int stages, float[] cost) "
+        "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int stages, "
+        "float[] cost) "
         "-> (Tensor rows, Tensor areas, Tensor pieces)");
 }
 

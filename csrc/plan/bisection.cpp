@@ -17,15 +17,21 @@ double shared_rows(const Demand& demand, int first, int second) {
     return rows;
 }
 
-// Halves a list of chunks again and again: a window of the list for one half of the ranks, the rest for the other half. On the
-// circle of all windows of the right length there is always one with just its share of the area (necklace splitting; Goldberg and
-// West, 1985), so every rank ends with a few contiguous runs: documents stay whole, windows go contiguous, causal goes zigzag. Of
-// the windows that balance, the one that tears the least apart wins.
+// Halves a list of chunks again and again: a window of the list for one half of the ranks, the rest for the other half.
+// On the circle of all windows of the right length there is always one with just its share of the area (necklace
+// splitting; Goldberg and West, 1985), so every rank ends with a few contiguous runs: documents stay whole, windows go
+// contiguous, causal goes zigzag. Of the windows that balance, the one that tears the least apart wins.
 class Bisection {
-public:
+  public:
     Bisection(const Demand& demand, const Grid& grid, const CostModel& cost)
-        : grid_(grid), cost_(cost), area_(grid.num_slots(), 0), link_(grid.num_slots(), 0), order_(grid.num_slots()),
-          scratch_(grid.num_slots()), prefix_(2 * grid.num_slots() + 1), rank_of_(grid.num_slots(), 0) {
+        : grid_(grid),
+          cost_(cost),
+          area_(grid.num_slots(), 0),
+          link_(grid.num_slots(), 0),
+          order_(grid.num_slots()),
+          scratch_(grid.num_slots()),
+          prefix_(2 * grid.num_slots() + 1),
+          rank_of_(grid.num_slots(), 0) {
         std::copy(demand.area.begin(), demand.area.end(), area_.begin());
         for (int c = 1; c < grid.num_chunks(); ++c) link_[c] = shared_rows(demand, c - 1, c);
         std::iota(order_.begin(), order_.end(), 0);
@@ -40,7 +46,7 @@ public:
         return shares;
     }
 
-private:
+  private:
     // Rows that two neighbours of the list both need: what tearing them apart sends twice.
     double tear(int begin, int count, int at) const {
         if (at == 0 || at == count) return 0;
@@ -96,6 +102,8 @@ private:
 
 }  // namespace
 
-std::vector<Share> bisect(const Demand& demand, const Grid& grid, const CostModel& cost) { return Bisection(demand, grid, cost).run(); }
+std::vector<Share> bisect(const Demand& demand, const Grid& grid, const CostModel& cost) {
+    return Bisection(demand, grid, cost).run();
+}
 
 }  // namespace magi::plan

@@ -10,7 +10,8 @@ Demand demand_of(std::span<const WeightedMask> masks, const Grid& q_grid, int to
     if (static_cast<int64_t>(span) * static_cast<int64_t>(masks.size()) >= int64_t{1} << 31) {
         throw std::invalid_argument("masks: too many for their length, their keys must be below 2**31 in all");
     }
-    Demand out{q_grid.total == total_k, span, {}, std::vector<double>(num_chunks, 0), std::vector<int>(num_chunks + 1, 0), {}};
+    Demand out{
+        q_grid.total == total_k, span, {}, std::vector<double>(num_chunks, 0), std::vector<int>(num_chunks + 1, 0), {}};
     double total_weight = 0;
     for (const WeightedMask& mask : masks) total_weight += mask.weight;
     for (const WeightedMask& mask : masks) out.weights.push_back(mask.weight / total_weight);

@@ -11,15 +11,15 @@ struct WeightedMask {
     double weight;
 };
 
-// Demand of one mask, or the weighted mean of several. Each mask has its own keys: those of mask i lie i * span further on, so
-// that a key that two masks need counts for both.
+// Demand of one mask, or the weighted mean of several. Each mask has its own keys: those of mask i lie i * span further
+// on, so that a key that two masks need counts for both.
 struct Demand {
-    bool shared;                    // keys live where their rows do (self-attention)
-    int span;                       // total keys + 1: ranges of neighbouring masks never touch
-    std::vector<double> weights;    // [masks], their sum is 1
-    std::vector<double> area;       // [num_chunks] allowed cells
-    std::vector<int> offset;        // [num_chunks + 1] into needs
-    std::vector<Range> needs;       // key ranges of each chunk, ascending and disjoint
+    bool shared;                  // keys live where their rows do (self-attention)
+    int span;                     // total keys + 1: ranges of neighbouring masks never touch
+    std::vector<double> weights;  // [masks], their sum is 1
+    std::vector<double> area;     // [num_chunks] allowed cells
+    std::vector<int> offset;      // [num_chunks + 1] into needs
+    std::vector<Range> needs;     // key ranges of each chunk, ascending and disjoint
 
     std::span<const Range> of(int chunk) const {
         return {needs.data() + offset[chunk], needs.data() + offset[chunk + 1]};

@@ -14,10 +14,10 @@ bool share_a_cell(const Slice& a, const Slice& b) {
     return area(both) > 0;
 }
 
-// Key intervals of the slices that reach the current row. Intervals over a point come from a segment tree, intervals that start
-// inside a range from an ordered set; ended ones are dropped when they are met.
+// Key intervals of the slices that reach the current row. Intervals over a point come from a segment tree, intervals
+// that start inside a range from an ordered set; ended ones are dropped when they are met.
 class Active {
-public:
+  public:
     explicit Active(Slices hulls) : hulls_(hulls) {
         for (const Slice& s : hulls) points_.insert(points_.end(), {s.k0, s.k1});
         std::sort(points_.begin(), points_.end());
@@ -52,7 +52,8 @@ public:
                 }
             }
         }
-        for (auto it = starts_.upper_bound({s.k0, static_cast<int64_t>(hulls_.size())}); it != starts_.end() && it->first < s.k1;) {
+        for (auto it = starts_.upper_bound({s.k0, static_cast<int64_t>(hulls_.size())});
+             it != starts_.end() && it->first < s.k1;) {
             if (hulls_[it->second].q1 <= s.q0) {
                 it = starts_.erase(it);
             } else if (visit(it->second)) {
@@ -64,7 +65,7 @@ public:
         return false;
     }
 
-private:
+  private:
     size_t leaf(int point) const { return std::lower_bound(points_.begin(), points_.end(), point) - points_.begin(); }
 
     Slices hulls_;

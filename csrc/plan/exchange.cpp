@@ -6,9 +6,10 @@
 namespace magi::plan {
 namespace {
 
-// Trades chunks one for one between ranks that hold the others up and ranks that have room, where it adds the fewest rows.
+// Trades chunks one for one between ranks that hold the others up and ranks that have room, where it adds the fewest
+// rows.
 class Exchange {
-public:
+  public:
     Exchange(std::vector<Share>& shares, const Demand& demand, const Grid& grid, const CostModel& cost)
         : shares_(shares), by_area_(grid.world), demand_(demand), grid_(grid), cost_(cost) {
         double mean = 0;
@@ -22,7 +23,8 @@ public:
         std::vector<int> order(grid_.world);
         std::iota(order.begin(), order.end(), 0);
         for (int round = 0; round < kRounds; ++round) {
-            std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return shares_[a].time > shares_[b].time; });
+            std::stable_sort(order.begin(), order.end(),
+                             [&](int a, int b) { return shares_[a].time > shares_[b].time; });
             bool moved = false;
             for (int i = 0; i < grid_.world && shares_[order[i]].time > limit_; ++i) {
                 for (int p = 0; p < kPartners && shares_[order[i]].time > limit_; ++p) {
@@ -34,7 +36,7 @@ public:
         }
     }
 
-private:
+  private:
     static constexpr int kRounds = 24, kPartners = 12, kTrades = 3;
 
     // A chunk by its area; ordered heaviest first.
@@ -62,7 +64,8 @@ private:
         double rows = 0;
         for (const Range& need : demand_.of(c)) {
             rows += demand_.rows(need.begin, need.end);
-            auto it = std::partition_point(share.keys.begin(), share.keys.end(), [&](const Range& r) { return r.end <= need.begin; });
+            auto it = std::partition_point(share.keys.begin(), share.keys.end(),
+                                           [&](const Range& r) { return r.end <= need.begin; });
             for (; it != share.keys.end() && it->begin < need.end; ++it) {
                 rows -= demand_.rows(std::max(it->begin, need.begin), std::min(it->end, need.end));
             }
@@ -72,8 +75,8 @@ private:
 
     // What two ranks cost the others: the time by which they exceed the limit, and their traffic.
     double burden(double area_a, double rows_a, double area_b, double rows_b) const {
-        return std::max(0.0, cost_.rank_time(area_a, rows_a) - limit_) + std::max(0.0, cost_.rank_time(area_b, rows_b) - limit_) +
-               cost_.traffic * cost_.row * (rows_a + rows_b);
+        return std::max(0.0, cost_.rank_time(area_a, rows_a) - limit_) +
+               std::max(0.0, cost_.rank_time(area_b, rows_b) - limit_) + cost_.traffic * cost_.row * (rows_a + rows_b);
     }
 
     // Trades until neither rank exceeds the limit or no trade helps; true if any was made.
@@ -87,7 +90,7 @@ private:
             const double area_a = a.area, area_b = b.area, rows_a = a.remote, rows_b = b.remote;
             const double even = (a.time - b.time) / 2 / cost_.cell;
             double best = burden(area_a, rows_a, area_b, rows_b);
-            const double least = cost_.traffic * cost_.row * (rows_a + rows_b);    // nothing exceeds, nothing is added
+            const double least = cost_.traffic * cost_.row * (rows_a + rows_b);  // nothing exceeds, nothing is added
             int give = -1, take = -1;
             const std::vector<Load>&from_a = by_area(busier), &from_b = by_area(calmer);
             size_t j = 0;
@@ -129,7 +132,7 @@ private:
     }
 
     std::vector<Share>& shares_;
-    std::vector<std::vector<Load>> by_area_;    // of each rank; empty until asked for
+    std::vector<std::vector<Load>> by_area_;  // of each rank; empty until asked for
     const Demand& demand_;
     const Grid& grid_;
     const CostModel& cost_;

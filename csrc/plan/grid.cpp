@@ -20,7 +20,8 @@ void check_ownership(const Grid& grid, std::span<const int> chunks, const char* 
                 continue;
             }
             if (c < 0 || c >= grid.num_chunks()) fail("chunk " + std::to_string(c) + " does not exist");
-            if (padded || c <= last) fail("chunks of rank " + std::to_string(rank) + " must ascend, with padding (-1) at the end");
+            if (padded || c <= last)
+                fail("chunks of rank " + std::to_string(rank) + " must ascend, with padding (-1) at the end");
             if (seen[c]) fail("chunk " + std::to_string(c) + " has two owners");
             seen[c] = 1;
             last = c;

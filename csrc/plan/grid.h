@@ -11,8 +11,8 @@ namespace magi::plan {
 
 using Slices = std::span<const Slice>;
 
-// `total` rows cut into chunks of `chunk` rows (the last may be shorter), dealt out in `slots` chunks for each rank. There may be
-// more slots than chunks: a slot without a chunk is padding.
+// `total` rows cut into chunks of `chunk` rows (the last may be shorter), dealt out in `slots` chunks for each rank.
+// There may be more slots than chunks: a slot without a chunk is padding.
 struct Grid {
     int total, chunk, world, slots;
 
@@ -23,14 +23,15 @@ struct Grid {
         return {static_cast<int>(min_of(begin, total)), static_cast<int>(min_of(begin + chunk, total))};
     }
 
-private:
+  private:
     static long long min_of(long long a, long long b) { return a < b ? a : b; }
 };
 
 // Chunks of every rank, ascending, then -1 for each padding slot: [world, slots].
 using Ownership = std::vector<int>;
 
-// Throws std::invalid_argument unless `chunks` names every chunk of the grid once, ascending and padded at the end of each rank.
+// Throws std::invalid_argument unless `chunks` names every chunk of the grid once, ascending and padded at the end of
+// each rank.
 void check_ownership(const Grid& grid, std::span<const int> chunks, const char* name);
 
 // Neighbouring chunks of one rank: global rows [begin, end) are local rows local, local + 1, ...

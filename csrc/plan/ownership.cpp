@@ -73,7 +73,8 @@ Ownership assign_keys(const Demand& demand, const Grid& q_grid, std::span<const 
             }
         }
     }
-    // Where an owner needs what it owns, nothing is sent to it: most rows first. Of equals, the rank with most room, then order.
+    // Where an owner needs what it owns, nothing is sent to it: most rows first. Of equals, the rank with most room,
+    // then order.
     std::stable_sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.rows > b.rows; });
     std::vector<int> owner(k_grid.num_chunks(), -1), room(k_grid.world, k_grid.slots);
     for (const Use& use : uses) {

@@ -61,20 +61,26 @@ RunsByRank::RunsByRank(const Runs& runs, int world) : offset_(world + 1, 0), ran
 }
 
 Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
-    Needs out{std::vector<int>(grid.world + 1, 0), {}, std::vector<int64_t>(grid.world, 0), std::vector<int64_t>(grid.world, 0), {}};
+    Needs out{std::vector<int>(grid.world + 1, 0),
+              {},
+              std::vector<int64_t>(grid.world, 0),
+              std::vector<int64_t>(grid.world, 0),
+              {}};
     const RunsByRank owned(k_runs, grid.world);
-    std::vector<std::pair<int, Range>> found;    // in slice order
+    std::vector<std::pair<int, Range>> found;  // in slice order
     found.reserve(slices.size() + q_runs.runs.size());
     for (const Slice& s : slices) {
         if (s.q0 >= s.q1 || s.k0 >= s.k1 || s.lo > s.hi) continue;
-        for (int i = q_runs.first_reaching(s.q0); i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
+        for (int i = q_runs.first_reaching(s.q0);
+             i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
             const Run& run = q_runs.runs[i];
             const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
             const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
             if (keys.begin >= keys.end) continue;
             out.area[run.rank] += area(piece);
             const std::span<const Range> own = owned.of(run.rank);
-            auto home = std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
+            auto home =
+                std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
             for (; home != own.end() && home->begin < keys.end; ++home) {
                 out.own[run.rank] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
             }
@@ -100,15 +106,18 @@ Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& 
     return out;
 }
 
-std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments, int num_stages) {
+std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments,
+                                      int num_stages) {
     std::vector<std::vector<Slice>> buffers(1 + num_stages);
     for (const Slice& piece : pieces) {
         const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
-        auto segment = std::partition_point(segments.begin(), segments.end(), [&](const Segment& s) { return s.end <= keys.begin; });
+        auto segment = std::partition_point(segments.begin(), segments.end(),
+                                            [&](const Segment& s) { return s.end <= keys.begin; });
         for (; segment != segments.end() && segment->begin < keys.end; ++segment) {
             const Slice cut = crop(piece, piece.q0, piece.q1, segment->begin, segment->end);
             const Slice tight = hull(cut);
-            if (tight.q0 < tight.q1) buffers[segment->buffer].push_back(shift(cut, 0, segment->offset - segment->begin));
+            if (tight.q0 < tight.q1)
+                buffers[segment->buffer].push_back(shift(cut, 0, segment->offset - segment->begin));
         }
     }
     for (std::vector<Slice>& slices : buffers) simplify(slices);
@@ -117,14 +126,15 @@ std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<c
 
 void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends) {
     const int stages = static_cast<int>(ends.size());
-    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};    // growth, shrinkage
+    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};  // growth, shrinkage
     std::vector<int64_t> trial(stages);
     std::vector<double> areas(1 + stages), rows(stages);
     double best = std::numeric_limits<double>::infinity();
     for (const auto& [growth, shrinkage] : kRatios) {
         std::vector<int64_t> weight(stages, 1);
         for (int s = 1; s < stages; ++s) weight[s] = std::min<int64_t>(weight[s - 1] * growth, int64_t{1} << 20);
-        for (int s = stages - 2; s >= 0; --s) weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
+        for (int s = stages - 2; s >= 0; --s)
+            weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
         const int64_t total = std::accumulate(weight.begin(), weight.end(), int64_t{0});
         int64_t upto = 0;
         areas[0] = static_cast<double>(own_area);
@@ -134,7 +144,8 @@ void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostMod
             rows[s] = static_cast<double>(trial[s] - (s > 0 ? trial[s - 1] : 0));
             areas[1 + s] = remote > 0 ? static_cast<double>(remote_area) * rows[s] / static_cast<double>(remote) : 0;
         }
-        const double time = cost.staged_time<double>(areas, rows) + cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
+        const double time = cost.staged_time<double>(areas, rows) +
+                            cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
         if (time < best) {
             best = time;
             std::copy(trial.begin(), trial.end(), ends.begin());

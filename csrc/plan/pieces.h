@@ -1,4 +1,5 @@
-// The parts that every kind of table is made of: what ranks need, how it divides into stages, where slices land in key buffers.
+// The parts that every kind of table is made of: what ranks need, how it divides into stages, where slices land in key
+// buffers.
 #pragma once
 
 #include "plan/cost.h"
@@ -8,24 +9,28 @@ namespace magi::plan {
 
 // The row ranges of every rank, ascending.
 class RunsByRank {
-public:
+  public:
     RunsByRank(const Runs& runs, int world);
-    std::span<const Range> of(int rank) const { return {ranges_.data() + offset_[rank], ranges_.data() + offset_[rank + 1]}; }
+    std::span<const Range> of(int rank) const {
+        return {ranges_.data() + offset_[rank], ranges_.data() + offset_[rank + 1]};
+    }
 
-private:
+  private:
     std::vector<int> offset_;
     std::vector<Range> ranges_;
 };
 
 // Needed key ranges of every rank, merged, in one flat table; and the pieces of the mask that one rank computes.
 struct Needs {
-    std::vector<int> offset;       // [world + 1]
+    std::vector<int> offset;  // [world + 1]
     std::vector<Range> ranges;
-    std::vector<int64_t> area;     // [world]
-    std::vector<int64_t> own;      // [world] the part of it that needs only own keys
-    std::vector<Slice> pieces;     // of the one rank: local query rows x global keys
+    std::vector<int64_t> area;  // [world]
+    std::vector<int64_t> own;   // [world] the part of it that needs only own keys
+    std::vector<Slice> pieces;  // of the one rank: local query rows x global keys
 
-    std::span<const Range> of(int rank) const { return {ranges.data() + offset[rank], ranges.data() + offset[rank + 1]}; }
+    std::span<const Range> of(int rank) const {
+        return {ranges.data() + offset[rank], ranges.data() + offset[rank + 1]};
+    }
 };
 
 Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank);
@@ -35,11 +40,12 @@ struct Segment {
     int begin, end, source, buffer, offset;
 };
 
-// Slices of the pieces in every key buffer, those of the own rows first. `segments` ascend and cover all that the pieces need.
+// Slices of the pieces in every key buffer, those of the own rows first. `segments` ascend and cover all that the
+// pieces need.
 std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments, int num_stages);
 
-// Where each stage of a receiver ends, counted in its remote rows. Were every row as much work as any other, stages in a ratio of
-// g would hide the communication of each behind the compute of the one before; the best of a few g is taken.
+// Where each stage of a receiver ends, counted in its remote rows. Were every row as much work as any other, stages in
+// a ratio of g would hide the communication of each behind the compute of the one before; the best of a few g is taken.
 void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends);
 
 // Calls visit(begin, end, run) for what each run holds of the ranges, in global order.

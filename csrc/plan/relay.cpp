@@ -47,7 +47,8 @@ void append(std::vector<Range>& ranges, Range next) {
 }  // namespace
 
 RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
-                              std::span<const int> k_chunks, int rank, int node_size, int num_stages, const CostModel& cost) {
+                              std::span<const int> k_chunks, int rank, int node_size, int num_stages,
+                              const CostModel& cost) {
     const int world = q_grid.world, node = rank / node_size, place_in_node = rank % node_size;
     const Runs q_runs = runs_of(q_grid, q_chunks), k_runs = runs_of(k_grid, k_chunks);
     const Needs needs = needs_of(slices, q_grid, q_runs, k_runs, rank);
@@ -65,7 +66,7 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
     std::vector<int64_t> ends(num_stages);
 
     // Between nodes: each node is one receiver of what its ranks need from outside.
-    std::vector<Cargo> entering;    // this node, in global order
+    std::vector<Cargo> entering;  // this node, in global order
     for (int to = 0; to < world / node_size; ++to) {
         std::vector<Range> wanted;
         int64_t own_area = 0, area = 0;
@@ -95,10 +96,11 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
     struct Relayed {
         int begin, end, offset;
     };
-    std::vector<Relayed> relayed;    // in global order
+    std::vector<Relayed> relayed;  // in global order
     std::vector<std::vector<int>> next_relayed(num_stages, std::vector<int>(world / node_size, 0));
     for (const Cargo& piece : entering) {
-        if (piece.owner % node_size == place_in_node) out.stages[piece.stage].relay_splits[world + piece.owner] += piece.end - piece.begin;
+        if (piece.owner % node_size == place_in_node)
+            out.stages[piece.stage].relay_splits[world + piece.owner] += piece.end - piece.begin;
     }
     for (int s = 0; s < num_stages; ++s) {
         int offset = k_grid.slots * k_grid.chunk;
@@ -115,13 +117,14 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
     }
     const auto held_at = [&](const Cargo& piece) {
         if (piece.owner == rank) return local_row(piece.begin);
-        const auto at = std::partition_point(relayed.begin(), relayed.end(), [&](const Relayed& r) { return r.end <= piece.begin; });
+        const auto at = std::partition_point(relayed.begin(), relayed.end(),
+                                             [&](const Relayed& r) { return r.end <= piece.begin; });
         return at->offset + piece.begin - at->begin;
     };
 
     // Inside the node.
-    std::vector<Segment> segments;    // of this rank, in global order
-    std::vector<Cargo> arriving;      // of this rank, in the order of its buffers
+    std::vector<Segment> segments;  // of this rank, in global order
+    std::vector<Cargo> arriving;    // of this rank, in the order of its buffers
     const auto buffer_order = [&](const Cargo& a, const Cargo& b) {
         return std::tuple(a.stage, a.owner % node_size, a.owner / node_size, a.begin) <
                std::tuple(b.stage, b.owner % node_size, b.owner / node_size, b.begin);
@@ -129,15 +132,18 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
     for (int receiver = node * node_size; receiver < (node + 1) * node_size; ++receiver) {
         std::vector<Cargo> near, cargo;
         for_each_owned(needs.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
-            if (run.rank == receiver && receiver == rank) segments.push_back({begin, end, rank, 0, run.local + begin - run.begin});
+            if (run.rank == receiver && receiver == rank)
+                segments.push_back({begin, end, rank, 0, run.local + begin - run.begin});
             if (run.rank != receiver && run.rank / node_size == node) near.push_back({begin, end, run.rank, 0});
         });
         divide(total_rows(near), needs.own[receiver], needs.area[receiver] - needs.own[receiver], cost, ends);
         cargo = staged(near, ends);
         for (const Range& need : needs.of(receiver)) {
-            auto piece = std::partition_point(entering.begin(), entering.end(), [&](const Cargo& c) { return c.end <= need.begin; });
+            auto piece = std::partition_point(entering.begin(), entering.end(),
+                                              [&](const Cargo& c) { return c.end <= need.begin; });
             for (; piece != entering.end() && piece->begin < need.end; ++piece) {
-                cargo.push_back({std::max(piece->begin, need.begin), std::min(piece->end, need.end), piece->owner, piece->stage});
+                cargo.push_back(
+                    {std::max(piece->begin, need.begin), std::min(piece->end, need.end), piece->owner, piece->stage});
             }
         }
         std::sort(cargo.begin(), cargo.end(), buffer_order);

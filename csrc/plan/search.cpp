@@ -7,10 +7,10 @@
 namespace magi::plan {
 namespace {
 
-// Iterated local search over swaps of two chunks, each measured exactly. It pays where chunks are few: there single chunks weigh
-// much, and every pair can be tried. Its effort is bounded, so for long sequences it does nothing.
+// Iterated local search over swaps of two chunks, each measured exactly. It pays where chunks are few: there single
+// chunks weigh much, and every pair can be tried. Its effort is bounded, so for long sequences it does nothing.
 class Search {
-public:
+  public:
     Search(std::vector<Share>& shares, const Demand& demand, const Grid& grid, const CostModel& cost)
         : shares_(shares), demand_(demand), grid_(grid), cost_(cost) {}
 
@@ -37,9 +37,9 @@ public:
         if (burden(shares_) >= least) shares_ = best;
     }
 
-private:
-    static constexpr int64_t kEffort = 60000;    // chunks measured
-    static constexpr int kStale = 24;            // fruitless disturbances in a row before it gives up
+  private:
+    static constexpr int64_t kEffort = 60000;  // chunks measured
+    static constexpr int kStale = 24;          // fruitless disturbances in a row before it gives up
 
     // The slowest rank decides; then the rest of the ranks, and all traffic.
     double burden(const std::vector<Share>& shares) const {
@@ -52,8 +52,8 @@ private:
         return slowest + 1e-3 * (sum + cost_.traffic * cost_.row * rows) / grid_.world;
     }
 
-    // A smooth stand-in for the slowest rank: it also rewards relieving the second slowest. Smoother finds more ways, steeper says
-    // better what counts: descents take turns.
+    // A smooth stand-in for the slowest rank: it also rewards relieving the second slowest. Smoother finds more ways,
+    // steeper says better what counts: descents take turns.
     double weight(const Share& share) const {
         const double t = share.time / scale_, t2 = t * t, t4 = t2 * t2, t8 = t4 * t4, t16 = t8 * t8;
         return (steep_ ? t16 * t16 : t8) + 1e-3 * cost_.traffic * cost_.row * share.remote / scale_;

@@ -21,7 +21,9 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
     const Needs needs = needs_of(slices, q_grid, q_runs, k_runs, rank);
 
     Tables out;
-    const auto ranges_of = [](std::span<const Range> ranges) { return std::vector<Range>(ranges.begin(), ranges.end()); };
+    const auto ranges_of = [](std::span<const Range> ranges) {
+        return std::vector<Range>(ranges.begin(), ranges.end());
+    };
     out.q_ranges = ranges_of(RunsByRank(q_runs, world).of(rank));
     out.k_ranges = ranges_of(RunsByRank(k_runs, world).of(rank));
     out.ranks.resize(world);
@@ -29,8 +31,8 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
     out.stages.resize(num_stages);
     for (StageTables& stage : out.stages) stage.splits.assign(2 * static_cast<size_t>(world), 0);
 
-    std::vector<Segment> segments;     // of this rank, in global order
-    std::vector<Segment> arriving;     // of one receiver
+    std::vector<Segment> segments;  // of this rank, in global order
+    std::vector<Segment> arriving;  // of one receiver
     std::vector<int64_t> ends(num_stages);
     for (int receiver = 0; receiver < world; ++receiver) {
         arriving.clear();
