@@ -90,6 +90,16 @@ def test_named_masks(name, device):
         assert_attention(ffa(mask), q, k, v, mask, dout, dlse)
 
 
+@pytest.mark.parametrize("heads", [(67, 1), (80, 1), (130, 2)])
+def test_cpu_groups_wider_than_a_panel(heads):
+    """A prime group, one that splits evenly, and two groups; a negative scale turns the softmax around."""
+    mask = Mask.causal(37)
+    q, k, v, dout, dlse, _ = tensors(mask, heads, (24, 17), torch.float32, "cpu")
+    options = {"softmax_scale": -0.7, "softcap": 3.0}
+    # dk and dv are one running sum over all heads of a group; plain PyTorch adds the heads pairwise.
+    assert_attention(ffa(mask, **options), q, k, v, mask, dout, dlse, factor=4, **options)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_strides_are_read_in_place(device):
     """q, k and v as views of one projection, dout with its heads outermost and then expanded."""
