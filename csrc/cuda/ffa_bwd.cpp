@@ -73,11 +73,16 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         a.delta = reinterpret_cast<float*>(base + at.delta);
         a.rows_pad = rows_pad;
         if (shape.num_q > 0) {
-            const BackwardStatsArgs stats{static_cast<const float*>(p.lse), static_cast<const float*>(p.delta),
-                                          reinterpret_cast<float*>(base + at.lse), reinterpret_cast<float*>(base + at.delta),
-                                          shape.num_q, shape.num_q_heads, rows_pad};
+            const BackwardStatsArgs stats{static_cast<const float*>(p.lse),
+                                          static_cast<const float*>(p.delta),
+                                          reinterpret_cast<float*>(base + at.lse),
+                                          reinterpret_cast<float*>(base + at.delta),
+                                          shape.num_q,
+                                          shape.num_q_heads,
+                                          rows_pad};
             launch(kernel("ffa_bwd_rows", "backward_stats", device, 0),
-                   {(unsigned)ceil_div(rows_pad, 32), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream, stats);
+                   {(unsigned)ceil_div(rows_pad, 32), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream,
+                   stats);
             a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kBackwardRows);
             a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, kBackwardRows);
         }
@@ -96,7 +101,8 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         const int64_t head_bytes = std::max<int64_t>(1, 8LL * shape.num_q * a.heads_per_kv * dim);
         // Ordered visits of one head follow each other closely, in time and in rows: more heads at once wait less.
         constexpr int kOrderedHeads = 16;
-        a.section_heads = (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, shape.num_kv_heads);
+        a.section_heads =
+            (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, shape.num_kv_heads);
         a.dq = dq;
         a.dk = p.dk.data;
         a.dv = p.dv.data;

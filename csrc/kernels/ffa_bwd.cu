@@ -3,11 +3,11 @@
 // atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh).
 //
 // One thread plans visits of 64 rows, another streams their Q, dO, lse and delta by TMA, and two warps add dq to the
-// workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as accumulator rows, so that P^T
-// feeds dV from registers; dS^T goes through swizzled shared memory, where it is the A operand of dK (K-major) and of
-// dQ (MN-major; each warpgroup takes half of the columns). The products of the next visit are queued behind dK of this
-// one, so the tensor cores run while dq is stored. (The order of products follows FlashAttention-3's backward, arXiv
-// 2407.08608.)
+// workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as
+// accumulator rows, so that P^T feeds dV from registers; dS^T goes through swizzled shared memory, where it is the A
+// operand of dK (K-major) and of dQ (MN-major; each warpgroup takes half of the columns). The products of the next
+// visit are queued behind dK of this one, so the tensor cores run while dq is stored. (The order of products follows
+// FlashAttention-3's backward, arXiv 2407.08608.)
 //
 // Deterministic variants add the visits of a block of rows in ascending key order. Work is handed out in that order by
 // a counter to blocks that already run, and a visit waits only for work handed out earlier: the earliest unfinished
@@ -27,14 +27,14 @@ constexpr int kConsumers = 2;           // warpgroups of 64 keys
 constexpr int kKeys = kBackwardKeys, kRows = kBackwardRows, kStages = kBackwardStages;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
-constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;   // accumulators of a thread
-constexpr int kDqColumns = HEAD_DIM / 2;                   // of one consumer
-constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;       // where a visit may start
-constexpr int kPlanned = 4;                                // visits written down at a time
+constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;        // accumulators of a thread
+constexpr int kDqColumns = HEAD_DIM / 2;                        // of one consumer
+constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;            // where a visit may start
+constexpr int kPlanned = 4;                                     // visits written down at a time
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kRows * kDqColumns * 4;
 
-struct Item {  // a tile of keys of one kv head
+struct Item {                                 // a tile of keys of one kv head
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
 };
 struct Visit {  // 64 rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1)
@@ -115,8 +115,8 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 plan.kv_head = first_head + at % heads;
             }
             {
-                const int4 tile = __ldg(
-                    reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
+                const int4 tile =
+                    __ldg(reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
                 plan.tile_key0 = tile.x;
                 plan.tile_key1 = min(tile.x + kKeys, a.num_k);
                 plan.first = tile.y;
@@ -232,7 +232,8 @@ __device__ void store_dq(Smem& s, int w) {
 // ---- consumers
 // ----------------------------------------------------------------------------------------------------------------------
 // p = exp2(score - lse), both in log2 units.
-__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float* lse, int column, float (&p)[kScores]) {
+__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float* lse, int column,
+                                              float (&p)[kScores]) {
     const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
@@ -304,7 +305,8 @@ __device__ __forceinline__ void write_keys(const BackwardArgs& a, const Item& it
             for (int b = 0; b < kOuts; b += 16) {  // four blocks of eight columns: 16 bytes a lane
                 u32 x[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) x[i] = pack<T>(d[b + 4 * i + 2 * e] * scale, d[b + 4 * i + 2 * e + 1] * scale);
+                for (int i = 0; i < 4; ++i)
+                    x[i] = pack<T>(d[b + 4 * i + 2 * e] * scale, d[b + 4 * i + 2 * e + 1] * scale);
                 transpose_quad(x, lane);
                 const int c = b * 2 + lane % 4 * 8;
                 if (valid && c < dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
@@ -340,7 +342,9 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         for (int n = 0; n < num_visits; ++n, ++visit) {
             const int stage = visit % kStages, planned = visit % kPlanned;
             const u32 parity = visit / kStages & 1;
-            asm volatile("" : "+r"(keys), "+r"(key_columns));  // descriptors are rebuilt: there are no registers to keep them
+            asm volatile(""
+                         : "+r"(keys),
+                           "+r"(key_columns));  // descriptors are rebuilt: there are no registers to keep them
             const u32 q = smem_addr(s.q[stage][0]), dout = smem_addr(s.dout[stage][0]), ds = smem_addr(s.ds[stage]);
             barrier_wait(s.q_full[stage], parity);
             wgmma_fence();
@@ -402,7 +406,8 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             release(s.dout_free[stage]);
 
             named_sync(kDqFree + w, 160);  // the storer has read the tile before
-            const u32 to = smem_addr(s.dq[w]) + (thread / 32 * 16 + lane / 4) / 4 * (16 * kDqColumns) + lane / 4 % 4 * 64 + lane % 4 * 16;
+            const u32 to = smem_addr(s.dq[w]) + (thread / 32 * 16 + lane / 4) / 4 * (16 * kDqColumns) +
+                           lane / 4 % 4 * 64 + lane % 4 * 16;
 #pragma unroll
             for (int y = 0; y < kDqColumns / 16; ++y)
 #pragma unroll

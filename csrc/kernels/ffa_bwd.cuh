@@ -12,13 +12,15 @@ namespace magi {
 constexpr int kBackwardKeys = 128, kBackwardRows = 64, kBackwardStages = 2;
 
 // Rows of the workspace: a tile may start anywhere and reach kBackwardRows - 1 past the end.
-MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kBackwardRows) * kBackwardRows + kBackwardRows; }
+MAGI_HD constexpr int backward_rows_pad(int num_q) {
+    return ceil_div(num_q, kBackwardRows) * kBackwardRows + kBackwardRows;
+}
 
 MAGI_HD constexpr unsigned backward_smem(int head_dim) {
     return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * kBackwardRows)  // k, v; q, dout
            + 2 * 2 * kBackwardKeys * kBackwardRows                               // ds, twice
            + 4 * kBackwardRows * head_dim                                        // dq
-           + 2 * 4 * kBackwardStages * kBackwardRows + 1024;                      // lse, delta; visits, barriers
+           + 2 * 4 * kBackwardStages * kBackwardRows + 1024;                     // lse, delta; visits, barriers
 }
 
 struct BackwardArgs {
@@ -28,7 +30,7 @@ struct BackwardArgs {
     int num_slices;
     int num_q, num_k, num_kv_heads, heads_per_kv, head_dim, v_dim;
     int rows_pad;
-    int section_heads;     // kv heads worked on together, so that their rows stay in L2
+    int section_heads;      // kv heads worked on together, so that their rows stay in L2
     const float* lse_log2;  // [heads, rows_pad]: lse * log2(e), +inf where lse is -inf
     const float* delta;     // [heads, rows_pad]
     float* dq;              // the workspace above
@@ -37,7 +39,7 @@ struct BackwardArgs {
     int grad_is_float;
     float scale, scale_log2, softcap;
     // Deterministic variants: visits of a block of kBackwardRows rows take turns.
-    int* turn;                    // [heads, 2, rows_pad / kBackwardRows], zeroed
+    int* turn;         // [heads, 2, rows_pad / kBackwardRows], zeroed
     const int* order;  // [key tile, rows_pad / kBackwardRows]: visits of the block before this tile's
 };
 

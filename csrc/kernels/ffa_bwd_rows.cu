@@ -36,11 +36,11 @@ extern "C" __global__ __launch_bounds__(64) void backward_order(const __grid_con
         if (block < a.num_blocks) a.order[static_cast<long long>(t) * a.num_blocks + block] = visits;
         const int key1 = min(tile.row0 + kBackwardKeys, a.num_k);
         for (int e = 0; e < tile.num_slices; ++e) {
-            const Slice s = tile.first >= 0 ? a.table.pool[tile.first + e].slice
-                                            : table_slice(a.slices[e], a.num_q, a.num_k, true);
+            const Slice s =
+                tile.first >= 0 ? a.table.pool[tile.first + e].slice : table_slice(a.slices[e], a.num_q, a.num_k, true);
             const Range rows = tile_columns(s, tile.row0, key1);
-            visits += rows.begin < rows.end && rows.begin / kBackwardRows <= block &&
-                      block <= (rows.end - 1) / kBackwardRows;
+            visits +=
+                rows.begin < rows.end && rows.begin / kBackwardRows <= block && block <= (rows.end - 1) / kBackwardRows;
         }
     }
 }
@@ -56,7 +56,8 @@ __device__ void finish(const BackwardFinishArgs& a) {
     const int column = half * (a.padded_dim / 2) + y * 16;
     if (row >= a.num_q || column >= a.head_dim) return;
     const int width = a.padded_dim / 2;
-    const float* from = a.dq + ((static_cast<long long>(head) * 2 + half) * a.rows_pad + row - in4) * width + y * 64 + in4 * 16;
+    const float* from =
+        a.dq + ((static_cast<long long>(head) * 2 + half) * a.rows_pad + row - in4) * width + y * 64 + in4 * 16;
     float x[16];
 #pragma unroll
     for (int lane = 0; lane < 4; ++lane) {

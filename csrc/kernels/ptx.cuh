@@ -55,10 +55,10 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& b
 }
 // Contiguous bytes, a multiple of 16, both sides 16-byte aligned.
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, u32 bytes, u64& bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     smem_addr(dst)),
-                 "l"(src), "r"(bytes), "r"(smem_addr(&bar))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_addr(dst)),
+        "l"(src), "r"(bytes), "r"(smem_addr(&bar))
+        : "memory");
 }
 // Adds fp32 words of shared memory to global memory, as one group of the calling thread.
 __device__ __forceinline__ void bulk_add(float* dst, const float* src, u32 bytes) {
