@@ -9,8 +9,10 @@
 
 namespace magi::cuda {
 
-// bf16 and fp16, head_dim and v_dim up to 128 and multiples of 8; q, k, v as heads_map takes them.
-void check_forward_support(const ForwardParams& params);
+// Throws unless the attention kernels can run it: bf16 or fp16, head_dim and v_dim multiples of 8 up to 128.
+void check_support(Dtype dtype, const AttentionShape& shape);
+
+// q, k, v as heads_map takes them.
 size_t forward_workspace(const ForwardParams& params);
 void ffa_forward(const ForwardParams& params, void* workspace, int device);
 

@@ -2,7 +2,6 @@
 #include "cuda/ffa_bwd.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "cuda/launcher.h"
 #include "kernels/ffa_bwd.cuh"
@@ -38,17 +37,6 @@ Workspace layout(const BackwardParams& p) {
 }
 
 }  // namespace
-
-void check_backward_support(const BackwardParams& p) {
-    const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
-    if (p.dtype != Dtype::kBF16 && p.dtype != Dtype::kF16)
-        fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
-    for (const auto& [name, dim] : {std::pair{"q", p.shape.head_dim}, {"v", p.shape.v_dim}})
-        if (dim > 128 || dim % 8 != 0)
-            fail(std::string(name) +
-                 " must have a head dimension that is a multiple of 8 and at most 128 on CUDA, got " +
-                 std::to_string(dim));
-}
 
 size_t backward_workspace(const BackwardParams& p) { return layout(p).total; }
 

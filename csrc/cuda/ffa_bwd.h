@@ -7,9 +7,8 @@
 
 namespace magi::cuda {
 
-// bf16 and fp16, head_dim and v_dim up to 128 and multiples of 8; q, k, v, dout as heads_map takes them.
-void check_backward_support(const BackwardParams& params);
-// Dominated by dq in fp32: 4 bytes for every element of q, padded to 64 or 128 columns.
+// q, k, v, dout as heads_map takes them. The workspace is dominated by dq in fp32: 4 bytes for every element of q,
+// padded to 64 or 128 columns.
 size_t backward_workspace(const BackwardParams& params);
 void ffa_backward(const BackwardParams& params, void* workspace, int device);
 

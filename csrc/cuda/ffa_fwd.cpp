@@ -7,11 +7,11 @@
 
 namespace magi::cuda {
 
-void check_forward_support(const ForwardParams& p) {
+void check_support(Dtype dtype, const AttentionShape& shape) {
     const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
-    if (p.dtype != Dtype::kBF16 && p.dtype != Dtype::kF16)
+    if (dtype != Dtype::kBF16 && dtype != Dtype::kF16)
         fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
-    for (const auto& [name, dim] : {std::pair{"q", p.shape.head_dim}, {"v", p.shape.v_dim}})
+    for (const auto& [name, dim] : {std::pair{"q", shape.head_dim}, {"v", shape.v_dim}})
         if (dim > 128 || dim % 8 != 0)
             fail(std::string(name) +
                  " must have a head dimension that is a multiple of 8 and at most 128 on CUDA, got " +

@@ -12,7 +12,6 @@
 namespace magi {
 namespace {
 
-using torch::stable::new_empty;
 using torch::stable::accelerator::DeviceGuard;
 using Outputs = std::tuple<Tensor, Tensor>;
 
@@ -24,7 +23,7 @@ Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
     const DeviceGuard guard(device);
     ForwardCall call = check_forward(mappable(q), mappable(k), mappable(v), slices, sink, out_prev, lse_prev,
                                      softmax_scale, softcap, sm_margin, out_dtype);
-    cuda::check_forward_support(call.params);
+    cuda::check_support(call.params.dtype, call.params.shape);
     const Tensor workspace = scratch(q, cuda::forward_workspace(call.params));
     cuda::ffa_forward(call.params, workspace.data_ptr(), device);
     return {call.out, call.lse};
@@ -50,18 +49,11 @@ Tensor ffa_delta(const Tensor& dout, const Tensor& out, const std::optional<Tens
 Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map) {
     const int device = q_ranges.get_device_index();
     const DeviceGuard guard(device);
-    const Tensor q = check_table(q_ranges, 2, "q_ranges"), k = check_table(k_ranges, 2, "k_ranges");
-    const int64_t n = q.size(0);
-    check_shape(k, {n, 2}, "k_ranges", "[n, 2] like q_ranges");
-    check_shape(attn_type_map, {n}, "attn_type_map", "[n] like q_ranges");
-    check_dtype(attn_type_map, ScalarType::Int, "attn_type_map");
-    check_device(k, q, "k_ranges", "q_ranges");
-    check_device(attn_type_map, q, "attn_type_map", "q_ranges");
-    const Tensor types = torch::stable::contiguous(attn_type_map);
-    Tensor slices = new_empty(q, {n, 6});
-    cuda::band_slices((const RowRange*)q.data_ptr(), (const RowRange*)k.data_ptr(), (const int*)types.data_ptr(),
-                      (Slice*)slices.data_ptr(), row_count(q, "q_ranges"), device);
-    return slices;
+    BandCall call = check_bands(q_ranges, k_ranges, attn_type_map);
+    cuda::band_slices((const RowRange*)call.q_ranges.data_ptr(), (const RowRange*)call.k_ranges.data_ptr(),
+                      (const int*)call.types.data_ptr(), (Slice*)call.slices.data_ptr(),
+                      row_count(call.q_ranges, "q_ranges"), device);
+    return call.slices;
 }
 
 Tensor range_gather(const Tensor& x, const Tensor& ranges, int64_t total) {

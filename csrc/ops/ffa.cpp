@@ -7,7 +7,6 @@
 namespace magi {
 namespace {
 
-using torch::stable::new_empty;
 using Outputs = std::tuple<Tensor, Tensor>;
 
 Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
@@ -47,16 +46,11 @@ Tensor ffa_delta(const Tensor& dout, const Tensor& out, const std::optional<Tens
 }
 
 Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map) {
-    const Tensor q = check_table(q_ranges, 2, "q_ranges"), k = check_table(k_ranges, 2, "k_ranges");
-    const int64_t n = q.size(0);
-    check_shape(k, {n, 2}, "k_ranges", "[n, 2] like q_ranges");
-    check_shape(attn_type_map, {n}, "attn_type_map", "[n] like q_ranges");
-    check_dtype(attn_type_map, ScalarType::Int, "attn_type_map");
-    const Tensor types = torch::stable::contiguous(attn_type_map);
-    Tensor slices = new_empty(q, {n, 6});
-    const int *q_data = (const int*)q.data_ptr(), *k_data = (const int*)k.data_ptr(),
-              *type_data = (const int*)types.data_ptr();
-    Slice* out = (Slice*)slices.data_ptr();
+    BandCall call = check_bands(q_ranges, k_ranges, attn_type_map);
+    const int64_t n = call.slices.size(0);
+    const int *q_data = (const int*)call.q_ranges.data_ptr(), *k_data = (const int*)call.k_ranges.data_ptr(),
+              *type_data = (const int*)call.types.data_ptr();
+    Slice* out = (Slice*)call.slices.data_ptr();
     for (int64_t i = 0; i < n; ++i) {
         const int *qr = q_data + 2 * i, *kr = k_data + 2 * i;
         MAGI_CHECK(0 <= qr[0] && qr[0] <= qr[1] && qr[1] < kMaxRows, "q_ranges[", i,
@@ -67,7 +61,7 @@ Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor&
                    "] must be 0 (full), 1 (causal), 2 (inv_causal) or 3 (bi_causal), got ", type_data[i]);
         out[i] = slice_of(qr[0], qr[1], kr[0], kr[1], type_data[i]);
     }
-    return slices;
+    return call.slices;
 }
 
 }  // namespace

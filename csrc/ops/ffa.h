@@ -20,6 +20,10 @@ struct BackwardCall {
     std::vector<Tensor> inputs;
 };
 
+struct BandCall {
+    Tensor q_ranges, k_ranges, types, slices;  // contiguous; slices [n, 6] to be written
+};
+
 struct DeltaCall {
     Tensor dout, out, dlse, delta;  // dlse undefined where there is none
 };
@@ -33,6 +37,8 @@ BackwardCall check_backward(const Tensor& dout, const Tensor& q, const Tensor& k
                             const Tensor& delta, const Tensor& slices, const std::optional<Tensor>& dq_prev,
                             double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
                             std::optional<ScalarType> grad_dtype);
+
+BandCall check_bands(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map);
 
 DeltaCall check_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse);
 

@@ -182,6 +182,17 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
     return call;
 }
 
+BandCall check_bands(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map) {
+    const Tensor q = check_table(q_ranges, 2, "q_ranges"), k = check_table(k_ranges, 2, "k_ranges");
+    const int64_t n = q.size(0);
+    check_shape(k, {n, 2}, "k_ranges", "[n, 2] like q_ranges");
+    check_shape(attn_type_map, {n}, "attn_type_map", "[n] like q_ranges");
+    check_dtype(attn_type_map, ScalarType::Int, "attn_type_map");
+    check_device(k, q, "k_ranges", "q_ranges");
+    check_device(attn_type_map, q, "attn_type_map", "q_ranges");
+    return {q, k, torch::stable::contiguous(attn_type_map), new_empty(q, {n, 6})};
+}
+
 DeltaCall check_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
     MAGI_CHECK(out.dim() == 3 && out.size(2) > 0, "out must have shape [tokens, heads, v_dim], got ",
                shape_string(out));
