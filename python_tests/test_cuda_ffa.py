@@ -97,7 +97,9 @@ def test_random_masks(seed):
 
 def causal_documents(lengths):
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    return torch.tensor([[e - n, e, e - n, e, -NONE, 0] for n, e in zip(lengths, ends)], dtype=torch.int32)
+    return torch.tensor([[e - n, e, e - n, e, -NONE, 0] for n, e in zip(lengths, ends)], dtype=torch.int32).reshape(
+        -1, 6
+    )
 
 
 @pytest.mark.parametrize("dim", [64, 128])
