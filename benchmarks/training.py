@@ -61,9 +61,9 @@ def train(name: str, config: demo.Config) -> Tensor:
     with sdpa_kernel(backend) if backend else nullcontext():
         for step in tqdm(range(config.steps), name, dynamic_ncols=True):
             pack = packs[step]
-            mask = pack.mask.slices if attend is ffa else pack.mask.dense()
-            mask = mask.cuda()
-            torch._dynamo.decorators.mark_unbacked(mask, 0) if attend is ffa else None
+            mask = (pack.mask.slices if attend is ffa else pack.mask.dense()).cuda()
+            if attend is ffa:
+                torch._dynamo.decorators.mark_unbacked(mask, 0)  # as many slices as the pack has documents
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 logits = model(pack.tokens.cuda(), positions, mask)
             targets = pack.targets.cuda()
@@ -101,10 +101,10 @@ def draw(losses: dict[str, Tensor], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
-    for name, loss in losses.items():
-        top.plot(loss, label=name)
+    for color, (name, loss) in enumerate(losses.items()):
+        top.plot(loss, f"C{color}", label=name)
         if name != "sdpa fp32":
-            bottom.semilogy((loss - losses["sdpa fp32"]).abs(), label=name)
+            bottom.semilogy((loss - losses["sdpa fp32"]).abs(), f"C{color}")
     top.set_ylabel("loss")
     top.legend()
     bottom.set(xlabel="step", ylabel="distance from fp32")
