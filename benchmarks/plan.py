@@ -77,7 +77,7 @@ def quality_of(statistics: Tensor) -> dict[str, float]:
 
 def heap_quality(mask: Mask, world_size: int, chunk: int) -> dict[str, float]:
     grid, table = min_heap(mask, world_size, chunk)
-    tables = torch.ops.magi.plan_tables(mask.slices, table, table, grid, grid, 0, 1, CONFIG.costs())
+    tables = torch.ops.magi.plan_tables(mask.slices, table, table, grid, grid, 0, [1, 1], CONFIG.costs())
     return quality_of(tables[3])
 
 
@@ -182,7 +182,9 @@ def nodes() -> list[dict]:
                 else:
                     grid, table = min_heap(mask, world, 512)
                 call = (mask.slices, table, table, grid, grid)
-                sent = torch.ops.magi.plan_overview(*call, 1, CONFIG.costs())[0][0].view(world // 8, 8, world // 8, 8)
+                sent = torch.ops.magi.plan_overview(*call, [1, 1], CONFIG.costs())[0][0].view(
+                    world // 8, 8, world // 8, 8
+                )
                 direct.append(float(sent.sum((1, 3)).fill_diagonal_(0).sum()) / world / ROWS)
                 relay = [torch.ops.magi.plan_relay(*call, rank, 8, 1, CONFIG.costs())[4] for rank in range(world)]
                 relayed.append(sum(len(received) for received in relay) / world / ROWS)
@@ -219,7 +221,7 @@ def timing() -> list[dict]:
                 chunks = torch.ops.magi.plan_ownership([mask.slices], [1.0], grid, mask.total_k, CONFIG.costs())
                 middle = time.perf_counter()
                 torch.ops.magi.plan_tables(
-                    mask.slices, chunks, chunks, grid, grid, world // 2, CONFIG.stages, CONFIG.costs()
+                    mask.slices, chunks, chunks, grid, grid, world // 2, CONFIG.stage_counts, CONFIG.costs()
                 )
                 ownership.append(middle - start)
                 tables.append(time.perf_counter() - middle)

@@ -12,9 +12,11 @@ from magi_attention.plan import Layout, Plan, PlanConfig, build_plan
 from magi_attention.reference import Attention
 
 
-def plan_here(mask: Mask, chunk: int = 8, stages: int = 2, spare: float = 0.0) -> Plan:
+def plan_here(
+    mask: Mask, chunk: int = 8, stages: int = 2, spare: float = 0.0, backward_stages: int | None = None
+) -> Plan:
     """The plan of this process."""
-    config = PlanConfig(chunk=chunk, stages=stages, spare=spare)
+    config = PlanConfig(chunk=chunk, stages=stages, backward_stages=backward_stages, spare=spare)
     return build_plan(mask, world_size=dist.get_world_size(), rank=dist.get_rank(), config=config)
 
 

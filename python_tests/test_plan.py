@@ -1,5 +1,6 @@
 """A plan computes each allowed cell exactly once, moves each needed row exactly once, and all ranks agree."""
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -35,15 +36,15 @@ def plan_all(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
     return [build_plan(mask, world_size=world_size, rank=rank, config=config) for rank in range(world_size)]
 
 
-def received_keys(plans: list[Plan], rank: int, stage: int) -> Tensor:
+def received_keys(plans: list[Plan], rank: int, stage: int, of: str = "stages") -> Tensor:
     """Global ids of the rows in a stage's key buffer, built only from what the senders' tables say."""
     buffer = []
     for source in plans:
-        table = source.stages[stage]
+        table = getattr(source, of)[stage]
         sent = rows_of(source.k_layout.ranges)[rows_of(table.send_ranges)]
         counts = table.splits[0]
         assert len(sent) == int(counts.sum()) == len(table.send_rows)
-        assert counts[rank] == plans[rank].stages[stage].splits[1, source.rank]
+        assert counts[rank] == getattr(plans[rank], of)[stage].splits[1, source.rank]
         first = int(counts[:rank].sum())
         buffer.append(sent[first : first + int(counts[rank])])
     return torch.cat(buffer)
@@ -52,9 +53,8 @@ def received_keys(plans: list[Plan], rank: int, stage: int) -> Tensor:
 def check(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
     plans = plan_all(mask, world_size, config)
     dense = mask.dense()
-    computed = torch.zeros(dense.shape, dtype=torch.int32)
 
-    def compute(slices: Tensor, rows: Tensor, keys: Tensor) -> None:
+    def compute(computed: Tensor, slices: Tensor, rows: Tensor, keys: Tensor) -> None:
         for q0, q1, k0, k1, lo, hi in slices.tolist():
             diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
             allowed = (diagonal >= lo) & (diagonal <= hi)
@@ -68,21 +68,24 @@ def check(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
             assert x.num_owned == len(rows_of(x.ranges)) <= x.rows == x.chunks.shape[1] * x.chunk
             assert torch.equal(x.chunks, layouts[0].chunks)
 
-    for plan in plans:
-        rows, keys = rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
-        compute(plan.slices, rows, keys)
-        received = [received_keys(plans, plan.rank, stage) for stage in range(config.stages)]
-        for stage, buffer in zip(plan.stages, received):
-            assert len(buffer) == int(stage.splits[1].sum()) == len(stage.recv_rows)
-            compute(stage.slices, rows, buffer)
-        needed = dense[rows].any(0).nonzero().flatten()
-        remote = needed[~torch.isin(needed, keys)]
-        assert torch.equal(torch.cat(received).sort().values, remote)  # each once, nothing else
-        assert plan.remote_rows[plan.rank] == len(remote)
-        assert plan.stage_rows[plan.rank].tolist() == [len(buffer) for buffer in received]
-        assert plan.area[plan.rank] == dense[rows].sum()
-        assert torch.equal(plan.statistics, plans[0].statistics)
-    assert torch.equal(computed, dense.int())
+    for of, counts_of in ("stages", "stage_rows"), ("backward_stages", "backward_stage_rows"):
+        computed = torch.zeros(dense.shape, dtype=torch.int32)
+        for plan in plans:
+            stages, rows, keys = getattr(plan, of), rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
+            compute(computed, plan.slices, rows, keys)
+            received = [received_keys(plans, plan.rank, stage, of) for stage in range(len(stages))]
+            for stage, buffer in zip(stages, received):
+                assert len(buffer) == int(stage.splits[1].sum()) == len(stage.recv_rows)
+                compute(computed, stage.slices, rows, buffer)
+            needed = dense[rows].any(0).nonzero().flatten()
+            remote = needed[~torch.isin(needed, keys)]
+            assert torch.equal(torch.cat(received).sort().values, remote)  # each once, nothing else
+            assert plan.remote_rows[plan.rank] == len(remote)
+            assert getattr(plan, counts_of)[plan.rank].tolist() == [len(buffer) for buffer in received]
+            assert plan.area[plan.rank] == dense[rows].sum()
+            assert torch.equal(plan.statistics, plans[0].statistics)
+        assert torch.equal(computed, dense.int())
+    assert [len(plans[0].stages), len(plans[0].backward_stages)] == config.stage_counts
     return plans
 
 
@@ -108,7 +111,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_every_cell_once(name: str, world_size: int) -> None:
     for chunk in (1, 5, 16):
-        check(MASKS[name], world_size, PlanConfig(chunk=chunk, stages=3))
+        check(MASKS[name], world_size, PlanConfig(chunk=chunk, stages=3, backward_stages=2))
 
 
 @st.composite
@@ -132,9 +135,19 @@ def masks(draw: st.DrawFn) -> Mask:
 
 
 @settings(max_examples=100, deadline=None)
-@given(masks(), st.integers(1, 16), st.integers(1, 40), st.integers(1, 4), st.sampled_from([0.0, 0.25, 1.0]))
-def test_every_cell_once_on_random_masks(mask: Mask, world_size: int, chunk: int, stages: int, spare: float) -> None:
-    check(mask, world_size, PlanConfig(chunk=chunk, stages=stages, spare=spare))
+@given(
+    masks(),
+    st.integers(1, 16),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 4),
+    st.sampled_from([0.0, 0.25, 1.0]),
+)
+def test_every_cell_once_on_random_masks(
+    mask: Mask, world_size: int, chunk: int, stages: int, backward_stages: int | None, spare: float
+) -> None:
+    config = PlanConfig(chunk=chunk, stages=stages, backward_stages=backward_stages, spare=spare)
+    check(mask, world_size, config)
 
 
 @pytest.mark.parametrize("name", ["documents", "prefix", "cross attention", "rows without keys"])
@@ -246,7 +259,15 @@ def test_errors_name_the_argument(arguments: dict[str, int], message: str) -> No
 
 
 def test_config_errors_name_the_field() -> None:
-    for bad in ({"chunk": 0}, {"stages": 0}, {"heads": (8, 0)}, {"head_dim": 0}, {"spare": -1.0}, {"slack": -1.0}):
+    for bad in (
+        {"chunk": 0},
+        {"stages": 0},
+        {"backward_stages": 65},
+        {"heads": (8, 0)},
+        {"head_dim": 0},
+        {"spare": -1.0},
+        {"slack": -1.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             PlanConfig(**bad)  # type: ignore[arg-type]
 
@@ -316,8 +337,25 @@ def test_stages_are_chosen_by_predicted_time() -> None:
     slow = PlanConfig(profile=HardwareProfile(flops=600e12, bandwidth=20e9, launch=1e-6))
     masks = [Mask.causal(65536)]
     chosen = choose_stages(masks, world_size=8, config=slow)
-    times = [survey(masks[0], world_size=8, config=slow.replace(stages=s)).step_time for s in range(1, 7)]
-    assert times[chosen - 1] == min(times) < times[0]
+    surveys = [survey(masks[0], world_size=8, config=slow.replace(stages=s)) for s in range(1, 7)]
+    for count, times in (
+        (chosen.stages, [overview.step_time for overview in surveys]),
+        (chosen.backward_stages, [overview.backward_time for overview in surveys]),
+    ):
+        assert times[count - 1] == min(times) < times[0]
+
+
+def test_backward_is_divided_for_itself() -> None:
+    """Its last gradients travel alone, and it computes longer: another division hides more."""
+    config = PlanConfig(stages=3, heads=(8, 8), profile=HardwareProfile(bandwidth=40e9, launch=1e-6))
+    overview = survey(Mask.full(65536), world_size=8, config=config)
+    as_forward = dataclasses.replace(overview, backward_rows=overview.rows, backward_areas=overview.areas)
+    assert overview.backward_time < 0.9 * as_forward.backward_time
+    for spans in overview.backward_timeline():
+        ends = {(span.kind, span.stage): span for span in spans}
+        for stage in range(1, 4):
+            computed = ends["compute", stage]
+            assert ends["receive", stage].end <= computed.begin and computed.end <= ends["return", stage].begin
 
 
 def test_drawing(tmp_path: Path) -> None:

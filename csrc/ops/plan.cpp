@@ -131,7 +131,7 @@ struct PlanCall {
     plan::Grid q, k;
     Tensor slices, q_chunks, k_chunks;
     std::span<const int> q_owned, k_owned;
-    int stages;
+    plan::StageCounts stages;
     plan::CostModel cost;
 
     plan::Tables tables(int rank) const {
@@ -140,8 +140,10 @@ struct PlanCall {
 };
 
 PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
-                    const std::vector<int64_t>& q_grid, const std::vector<int64_t>& k_grid, int64_t stages,
-                    const std::vector<double>& cost) {
+                    const std::vector<int64_t>& q_grid, const std::vector<int64_t>& k_grid,
+                    const std::vector<int64_t>& stages, const std::vector<double>& cost) {
+    MAGI_CHECK(stages.size() == 2, "stages must be [forward, backward], got ", stages.size(), " numbers");
+    for (const int64_t count : stages) MAGI_CHECK(1 <= count && count <= 64, "stages must be in [1, 64], got ", count);
     PlanCall call{check_grid(q_grid, "q_grid"),
                   check_grid(k_grid, "k_grid"),
                   {},
@@ -149,11 +151,10 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
                   {},
                   {},
                   {},
-                  static_cast<int>(stages),
+                  {static_cast<int>(stages[0]), static_cast<int>(stages[1])},
                   check_cost(cost)};
     MAGI_CHECK(call.q.world == call.k.world, "k_grid must have the world_size of q_grid, ", call.q.world, ", got ",
                call.k.world);
-    MAGI_CHECK(1 <= stages && stages <= 64, "stages must be in [1, 64], got ", stages);
     call.slices = check_host_slices(slices, call.q.total, call.k.total);
     call.q_chunks = check_table(q_chunks, call.q.slots, "q_chunks");
     call.k_chunks = check_table(k_chunks, call.k.slots, "k_chunks");
@@ -162,11 +163,11 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
     return call;
 }
 
-// q_ranges, k_ranges, slices, statistics [world, 2 + stages] (area, remote rows, rows of each stage); then for each
-// stage slices, send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
+// q_ranges, k_ranges, slices, statistics [world, 2 + all stages] (area, remote rows, rows of each stage); then for each
+// stage, those of the forward first, slices, send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
 std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
-                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank, int64_t stages,
-                                std::vector<double> cost) {
+                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
+                                std::vector<int64_t> stages, std::vector<double> cost) {
     const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
     const plan::Grid& q = call.q;
     MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
@@ -174,16 +175,22 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     std::vector<int64_t> statistics;
     for (int r = 0; r < q.world; ++r) {
         statistics.insert(statistics.end(), {tables.ranks[r].area, tables.ranks[r].remote});
-        for (int64_t s = 0; s < stages; ++s) statistics.push_back(tables.stage_rows[r * stages + s]);
+        for (const plan::Schedule* pass : {&tables.forward, &tables.backward}) {
+            const auto rows = pass->rows.begin() + static_cast<std::ptrdiff_t>(r * pass->stages.size());
+            statistics.insert(statistics.end(), rows, rows + static_cast<std::ptrdiff_t>(pass->stages.size()));
+        }
     }
     std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges),
-                               table_of(slices, tables.slices), longs_of(slices, statistics, {q.world, 2 + stages})};
-    for (const plan::StageTables& stage : tables.stages) {
-        out.push_back(table_of(slices, stage.slices));
-        out.push_back(table_of(slices, stage.send));
-        out.push_back(longs_of(slices, stage.splits, {2, q.world}));
-        out.push_back(new_empty(slices, {stage.num_recv(), 0}, ScalarType::Int));
-        out.push_back(new_empty(slices, {stage.num_send(), 0}, ScalarType::Int));
+                               table_of(slices, tables.slices),
+                               longs_of(slices, statistics, {q.world, 2 + stages[0] + stages[1]})};
+    for (const plan::Schedule* pass : {&tables.forward, &tables.backward}) {
+        for (const plan::StageTables& stage : pass->stages) {
+            out.push_back(table_of(slices, stage.slices));
+            out.push_back(table_of(slices, stage.send));
+            out.push_back(longs_of(slices, stage.splits, {2, q.world}));
+            out.push_back(new_empty(slices, {stage.num_recv(), 0}, ScalarType::Int));
+            out.push_back(new_empty(slices, {stage.num_send(), 0}, ScalarType::Int));
+        }
     }
     return out;
 }
@@ -193,14 +200,14 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
 std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
                                int64_t node_size, int64_t stages, std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, {stages, 1}, cost);
     const int64_t world = call.q.world;
     MAGI_CHECK(0 <= rank && rank < world, "rank must be in [0, ", world, "), got ", rank);
     MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ",
                node_size);
     const plan::RelayTables tables =
         plan::make_relay_tables(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned,
-                                static_cast<int>(rank), static_cast<int>(node_size), call.stages, call.cost);
+                                static_cast<int>(rank), static_cast<int>(node_size), call.stages.forward, call.cost);
     std::vector<Tensor> out = {table_of(slices, tables.slices)};
     const auto push = [&](const std::vector<Range>& ranges, const std::vector<int64_t>& splits) {
         out.push_back(table_of(slices, ranges));
@@ -218,31 +225,41 @@ std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, con
     return out;
 }
 
-// What every rank's tables say together: rows from source to destination in each stage, int64 [stages, world, world];
-// allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages]; number of slices
-// likewise.
-std::tuple<Tensor, Tensor, Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
-                                                 std::vector<int64_t> q_grid, std::vector<int64_t> k_grid,
-                                                 int64_t stages, std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
-    const int64_t world = call.q.world;
-    std::vector<int64_t> rows(stages * world * world), areas(world * (1 + stages)), pieces(world * (1 + stages));
-    const auto total_area = [](const std::vector<Slice>& part) {
-        return std::accumulate(part.begin(), part.end(), int64_t{0},
-                               [](int64_t sum, const Slice& s) { return sum + area(s); });
+// What every rank's tables say together, of one pass: rows from source to destination in each stage, int64 [stages,
+// world, world]; allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages];
+// number of slices likewise.
+std::vector<Tensor> survey_pass(const Tensor& like, const std::vector<plan::Tables>& ranks,
+                                plan::Schedule plan::Tables::*pass) {
+    const auto world = static_cast<int64_t>(ranks.size()),
+               stages = static_cast<int64_t>((ranks[0].*pass).stages.size());
+    std::vector<int64_t> rows(stages * world * world), areas, pieces;
+    const auto add = [&](const std::vector<Slice>& part) {
+        areas.push_back(std::accumulate(part.begin(), part.end(), int64_t{0},
+                                        [](int64_t sum, const Slice& s) { return sum + area(s); }));
+        pieces.push_back(static_cast<int64_t>(part.size()));
     };
     for (int64_t r = 0; r < world; ++r) {
-        const plan::Tables tables = call.tables(static_cast<int>(r));
-        areas[r * (1 + stages)] = total_area(tables.slices);
-        pieces[r * (1 + stages)] = static_cast<int64_t>(tables.slices.size());
+        add(ranks[r].slices);
         for (int64_t s = 0; s < stages; ++s) {
-            areas[r * (1 + stages) + 1 + s] = total_area(tables.stages[s].slices);
-            pieces[r * (1 + stages) + 1 + s] = static_cast<int64_t>(tables.stages[s].slices.size());
-            std::copy_n(tables.stages[s].splits.begin(), world, rows.begin() + (s * world + r) * world);
+            const plan::StageTables& stage = (ranks[r].*pass).stages[s];
+            add(stage.slices);
+            std::copy_n(stage.splits.begin(), world, rows.begin() + (s * world + r) * world);
         }
     }
-    return {longs_of(slices, rows, {stages, world, world}), longs_of(slices, areas, {world, 1 + stages}),
-            longs_of(slices, pieces, {world, 1 + stages})};
+    return {longs_of(like, rows, {stages, world, world}), longs_of(like, areas, {world, 1 + stages}),
+            longs_of(like, pieces, {world, 1 + stages})};
+}
+
+// Rows, areas and pieces of the forward, then of the backward.
+std::vector<Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
+                                  std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, std::vector<int64_t> stages,
+                                  std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    std::vector<plan::Tables> ranks;
+    for (int r = 0; r < call.q.world; ++r) ranks.push_back(call.tables(r));
+    std::vector<Tensor> out = survey_pass(slices, ranks, &plan::Tables::forward);
+    for (const Tensor& table : survey_pass(slices, ranks, &plan::Tables::backward)) out.push_back(table);
+    return out;
 }
 
 }  // namespace
@@ -255,7 +272,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def(
         "plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
     m.def(
-        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int "
+        "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int[] "
         "stages, float[] cost) "
         "-> Tensor[]");
     m.def(
@@ -263,9 +280,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
         "node_size, "
         "int stages, float[] cost) -> Tensor[]");
     m.def(
-        "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int stages, "
-        "float[] cost) "
-        "-> (Tensor rows, Tensor areas, Tensor pieces)");
+        "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int[] stages, "
+        "float[] cost) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {

@@ -8,6 +8,12 @@
 
 namespace magi::plan {
 
+enum class Pass { kForward, kBackward };
+
+// Backward against forward: five matrix products for two, and gradients in twice the width of the keys that they go
+// back to.
+constexpr double kBackwardCompute = 2.5, kGradientRow = 2;
+
 // Predicted seconds of a forward pass; only their ratios decide.
 struct CostModel {
     double cell;     // per allowed cell, all heads
@@ -23,22 +29,38 @@ struct CostModel {
         return compute > transfer ? compute + exposed * transfer : transfer + exposed * compute;
     }
 
-    // A step of one rank in stages: the communication of the next stage runs while this one computes. areas[0] needs no
-    // communication, areas[1 + s] needs rows[s]. `compute` and `transfer` scale the two for a backward pass.
-    template <typename Number>
-    double staged_time(std::span<const Number> areas, std::span<const Number> rows, double compute = 1,
-                       double transfer = 1) const {
+    // A pass of one rank in stages. areas[0] needs no communication, areas[1 + s] the rows[s] of stage s.
+    double staged_time(Pass pass, std::span<const double> areas, std::span<const double> rows) const {
+        return pass == Pass::kForward ? forward_time(areas, rows) : backward_time(areas, rows);
+    }
+
+  private:
+    // The rows of the next stage arrive while this one computes.
+    double forward_time(std::span<const double> areas, std::span<const double> rows) const {
         double total = 0;
         for (size_t s = 0; s < areas.size(); ++s) {
-            const double arriving = s < rows.size() ? launch + transfer * row * static_cast<double>(rows[s]) : 0;
-            const double overhead = s > 0 && areas[s] > 0 ? launch : 0;
-            total += std::max(compute * cell * static_cast<double>(areas[s]) + overhead, arriving);
+            total += std::max(computing(areas, s), s < rows.size() ? arriving(rows[s]) : 0);
         }
         return total;
     }
-};
 
-// Backward against forward: five matrix products for two, and keys come again while their gradients go back.
-constexpr double kBackwardCompute = 2.5, kBackwardTransfer = 2;
+    // While a stage computes, the gradients of the stage before go home and the rows of the next arrive; the last
+    // gradients go home alone.
+    double backward_time(std::span<const double> areas, std::span<const double> rows) const {
+        double total = 0;
+        for (size_t s = 0; s <= areas.size(); ++s) {
+            const double compute = s < areas.size() ? computing(areas, s, kBackwardCompute) : 0;
+            const double keys = s < rows.size() ? arriving(rows[s]) : 0;
+            const double gradients = s >= 2 ? arriving(kGradientRow * rows[s - 2]) : 0;
+            total += std::max(compute, keys + gradients);
+        }
+        return total;
+    }
+
+    double arriving(double rows) const { return launch + row * rows; }
+    double computing(std::span<const double> areas, size_t s, double factor = 1) const {
+        return factor * cell * areas[s] + (s > 0 && areas[s] > 0 ? launch : 0);
+    }
+};
 
 }  // namespace magi::plan

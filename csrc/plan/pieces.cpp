@@ -107,8 +107,8 @@ Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& 
 }
 
 std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments,
-                                      int num_stages) {
-    std::vector<std::vector<Slice>> buffers(1 + num_stages);
+                                      int num_buffers) {
+    std::vector<std::vector<Slice>> buffers(num_buffers);
     for (const Slice& piece : pieces) {
         const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
         auto segment = std::partition_point(segments.begin(), segments.end(),
@@ -124,28 +124,29 @@ std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<c
     return buffers;
 }
 
-void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends) {
+void divide(Pass pass, int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost,
+            std::span<int64_t> ends) {
     const int stages = static_cast<int>(ends.size());
-    constexpr std::pair<int, int> kRatios[] = {{1, 1}, {2, 1}, {1, 2}, {4, 1}, {1, 4}};  // growth, shrinkage
-    std::vector<int64_t> trial(stages);
+    // Doublings from a stage to the next, in front of the peak and behind it.
+    constexpr std::pair<int, int> kSeries[] = {{0, 0}, {1, 0}, {0, 1}, {2, 0}, {0, 2}, {1, 1}};
+    std::vector<int64_t> weight(stages), trial(stages);
     std::vector<double> areas(1 + stages), rows(stages);
+    areas[0] = static_cast<double>(own_area);
     double best = std::numeric_limits<double>::infinity();
-    for (const auto& [growth, shrinkage] : kRatios) {
-        std::vector<int64_t> weight(stages, 1);
-        for (int s = 1; s < stages; ++s) weight[s] = std::min<int64_t>(weight[s - 1] * growth, int64_t{1} << 20);
-        for (int s = stages - 2; s >= 0; --s)
-            weight[s] = std::min<int64_t>(std::max(weight[s], weight[s + 1] * shrinkage), int64_t{1} << 20);
+    for (const auto& [up, down] : kSeries) {
+        for (int s = 0; s < stages; ++s) {
+            const int risen = up * s, falling = down * (stages - 1 - s);
+            weight[s] = int64_t{1} << std::min(up > 0 && down > 0 ? std::min(risen, falling) : risen + falling, 20);
+        }
         const int64_t total = std::accumulate(weight.begin(), weight.end(), int64_t{0});
         int64_t upto = 0;
-        areas[0] = static_cast<double>(own_area);
         for (int s = 0; s < stages; ++s) {
             upto += weight[s];
             trial[s] = remote * upto / total;
             rows[s] = static_cast<double>(trial[s] - (s > 0 ? trial[s - 1] : 0));
             areas[1 + s] = remote > 0 ? static_cast<double>(remote_area) * rows[s] / static_cast<double>(remote) : 0;
         }
-        const double time = cost.staged_time<double>(areas, rows) +
-                            cost.staged_time<double>(areas, rows, kBackwardCompute, kBackwardTransfer);
+        const double time = cost.staged_time(pass, areas, rows);
         if (time < best) {
             best = time;
             std::copy(trial.begin(), trial.end(), ends.begin());

@@ -35,18 +35,19 @@ struct Needs {
 
 Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank);
 
-// Global key rows that sit together in one key buffer: buffer 0 is what the rank owns, 1 + s is stage s.
+// Global key rows that sit together in one key buffer.
 struct Segment {
     int begin, end, source, buffer, offset;
 };
 
-// Slices of the pieces in every key buffer, those of the own rows first. `segments` ascend and cover all that the
-// pieces need.
-std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments, int num_stages);
+// What of the pieces lies in each key buffer. `segments` ascend.
+std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments,
+                                      int num_buffers);
 
-// Where each stage of a receiver ends, counted in its remote rows. Were every row as much work as any other, stages in
-// a ratio of g would hide the communication of each behind the compute of the one before; the best of a few g is taken.
-void divide(int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost, std::span<int64_t> ends);
+// Where each stage of a receiver ends, counted in its remote rows: of a few geometric series (which grow, shrink, or
+// rise and fall) the one by which the pass would take the shortest, were every row as much work as any other.
+void divide(Pass pass, int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost,
+            std::span<int64_t> ends);
 
 // Calls visit(begin, end, run) for what each run holds of the ranges, in global order.
 template <typename Visit>

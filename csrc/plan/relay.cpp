@@ -80,7 +80,7 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
         for_each_owned(wanted, k_runs, [&](int begin, int end, const Run& run) {
             if (run.rank / node_size != to) rows.push_back({begin, end, run.rank, 0});
         });
-        divide(total_rows(rows), own_area, area - own_area, cost, ends);
+        divide(Pass::kForward, total_rows(rows), own_area, area - own_area, cost, ends);
         rows = staged(rows, ends);
         for (const Cargo& piece : rows) {
             if (piece.owner != rank) continue;
@@ -136,7 +136,8 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
                 segments.push_back({begin, end, rank, 0, run.local + begin - run.begin});
             if (run.rank != receiver && run.rank / node_size == node) near.push_back({begin, end, run.rank, 0});
         });
-        divide(total_rows(near), needs.own[receiver], needs.area[receiver] - needs.own[receiver], cost, ends);
+        divide(Pass::kForward, total_rows(near), needs.own[receiver], needs.area[receiver] - needs.own[receiver], cost,
+               ends);
         cargo = staged(near, ends);
         for (const Range& need : needs.of(receiver)) {
             auto piece = std::partition_point(entering.begin(), entering.end(),
@@ -168,7 +169,7 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
     }
     std::sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.begin < b.begin; });
 
-    std::vector<std::vector<Slice>> placed = place(needs.pieces, segments, num_stages);
+    std::vector<std::vector<Slice>> placed = place(needs.pieces, segments, 1 + num_stages);
     out.slices = std::move(placed[0]);
     for (int s = 0; s < num_stages; ++s) out.stages[s].slices = std::move(placed[1 + s]);
     return out;

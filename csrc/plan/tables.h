@@ -20,19 +20,27 @@ struct RankStats {
     int64_t remote;  // key rows it receives, all stages
 };
 
-struct Tables {
-    std::vector<Range> q_ranges, k_ranges;  // global rows of this rank in local order, padding left out
-    std::vector<Slice> slices;              // own queries x own keys
-    std::vector<StageTables> stages;        // the remote stages
-    std::vector<RankStats> ranks;           // [world]
-    std::vector<int64_t> stage_rows;        // [world, stages] key rows received in each stage
+// The remote stages of one pass.
+struct Schedule {
+    std::vector<StageTables> stages;
+    std::vector<int64_t> rows;  // [world, stages] key rows received in each stage
 };
 
-// A remote row that any query of a rank needs is received by it exactly once, in exactly one stage; nothing else
-// travels. The stage of a row depends on its receiver alone, so that senders and receivers agree without talking: in
-// global order, the stages grow or shrink geometrically, by the ratio that hides most of this receiver's communication,
-// forward and backward.
+struct StageCounts {
+    int forward, backward;
+};
+
+struct Tables {
+    std::vector<Range> q_ranges, k_ranges;  // global rows of this rank in local order, padding left out
+    std::vector<Slice> slices;              // own queries x own keys, in both passes
+    Schedule forward, backward;
+    std::vector<RankStats> ranks;  // [world]
+};
+
+// In each pass a remote row that any query of a rank needs is received by it exactly once, in exactly one stage;
+// nothing else travels. The stage of a row depends on its receiver alone, so that senders and receivers agree without
+// talking: in global order, divided as the cost model finds best for this receiver and pass.
 Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
-                   std::span<const int> k_chunks, int rank, int num_stages, const CostModel& cost);
+                   std::span<const int> k_chunks, int rank, StageCounts counts, const CostModel& cost);
 
 }  // namespace magi::plan

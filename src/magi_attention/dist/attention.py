@@ -28,7 +28,7 @@ _RETURN_COPIES = torch.__version__ < "2.13"
 class _Attend(torch.autograd.Function):
     # Slices and stages, not the plan: torch 2.11 guards every number in a frozen dataclass that it sees go in here.
     @staticmethod
-    def forward(ctx, q, k, v, sink, slices, stages, group, softmax_scale, softcap, deterministic):
+    def forward(ctx, q, k, v, sink, slices, stages, backward_stages, group, softmax_scale, softcap, deterministic):
         accumulator = accumulation_dtype(q.dtype)
         kv = torch.cat([k, v], dim=2)
 
@@ -55,7 +55,7 @@ class _Attend(torch.autograd.Function):
             flying = coming
 
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
-        ctx.stages, ctx.group = stages, group
+        ctx.stages, ctx.group = backward_stages, group
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
         return (out.clone(), lse.clone()) if _RETURN_COPIES else (out, lse)
 
@@ -98,7 +98,7 @@ class _Attend(torch.autograd.Function):
 
         dk, dv = dkv.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
         dsink = None if sink is None else sink_gradient(sink, lse, delta)
-        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None
+        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None, None
 
 
 def _cast(kv: Tensor, stage: Stage, group: str, after: list[Tensor]) -> Tensor:
@@ -195,4 +195,6 @@ def attend(
         return heads_local(attend_local, q, k, v, sink, group)
     _check(q, k, v, sink, plan, mesh)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return _Attend.apply(q, k, v, sink, plan.slices, plan.stages, group, scale, softcap, deterministic)
+    return _Attend.apply(
+        q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, group, scale, softcap, deterministic
+    )

@@ -69,7 +69,7 @@ def main() -> None:
     world_size = arguments.world_size
     config = PlanConfig(chunk=arguments.chunk, stages=max(arguments.stages, 1), heads=tuple(arguments.heads))
     if arguments.stages == 0:
-        config = config.replace(stages=choose_stages([mask], world_size=world_size, config=config))
+        config = choose_stages([mask], world_size=world_size, config=config)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -91,6 +91,7 @@ def main() -> None:
         ("slices of a rank, mean and most", f"{slices.mean():.1f}, {slices.max():.0f}"),
         ("efficiency, perfect overlap", f"{overview.efficiency:.3f}"),
         ("predicted forward, slowest rank", f"{overview.step_time * 1e3:.3f} ms in {config.stages} stages"),
+        ("predicted backward", f"{overview.backward_time * 1e3:.3f} ms in {config.stage_counts[1]} stages"),
         ("time to plan, one rank", f"{min(times) * 1e3:.3f} ms"),
     ]
     for name, value in table:

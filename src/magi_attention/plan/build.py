@@ -173,14 +173,15 @@ def build_plans(
 
 
 def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
-    out = torch.ops.magi.plan_tables(*call.tables, rank, call.config.stages, call.config.costs())
+    out = torch.ops.magi.plan_tables(*call.tables, rank, call.config.stage_counts, call.config.costs())
     if layout_of is not None and layout_of.rank == rank:
         q_layout, k_layout = layout_of.q_layout, layout_of.k_layout
     else:
         q_layout = _layout(call.q_grid, call.q_chunks, out[0], rank)
         k_layout = q_layout if call.k_chunks is call.q_chunks else _layout(call.k_grid, call.k_chunks, out[1], rank)
     stages = tuple(Stage(*out[i : i + 5]) for i in range(4, len(out), 5))
-    return Plan(q_layout, k_layout, out[2], stages, call.config, out[3])
+    forward, backward = stages[: call.config.stages], stages[call.config.stages :]
+    return Plan(q_layout, k_layout, out[2], forward, backward, call.config, out[3])
 
 
 def build_relay_plan(plan: Plan, mask: MaskLike, *, node_size: int) -> RelayPlan:

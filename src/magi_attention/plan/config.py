@@ -49,7 +49,10 @@ class PlanConfig:
         spare: slots that every rank has beyond an equal share, as a share of it. With 0 all ranks own equally many
             chunks; with 0.25 a rank may own up to a quarter more rows, and others fewer, where that moves or takes
             less. Local tensors have room for the most on every rank.
-        stages: remote stages, fixed for a compiled function. The communication of one overlaps the compute before it.
+        stages: remote stages of the forward, fixed for a compiled function. The communication of one overlaps the
+            compute before it. `choose_stages` finds good numbers for a run.
+        backward_stages: those of the backward, which computes and sends more; by default as many as `stages`. What is
+            in each is chosen for the backward alone.
         heads: query heads and key/value heads of the model; with `head_dim` and `profile` they weigh compute
             against communication.
         head_dim: width of a head.
@@ -60,6 +63,7 @@ class PlanConfig:
     chunk: int | None = None
     spare: float = 0.0
     stages: int = 2
+    backward_stages: int | None = None
     heads: tuple[int, int] = (32, 8)
     head_dim: int = 128
     slack: float = 0.01
@@ -70,8 +74,9 @@ class PlanConfig:
             raise ValueError(f"chunk must be at least 1 row, got {self.chunk}")
         if not 0 <= self.spare <= 1:
             raise ValueError(f"spare must be a share between 0 and 1, got {self.spare}")
-        if not 1 <= self.stages <= 64:
-            raise ValueError(f"stages must be between 1 and 64, got {self.stages}")
+        for name, count in zip(("stages", "backward_stages"), self.stage_counts):
+            if not 1 <= count <= 64:
+                raise ValueError(f"{name} must be between 1 and 64, got {count}")
         if len(self.heads) != 2 or min(self.heads) < 1:
             raise ValueError(f"heads must be at least one query head and one key/value head, got {self.heads}")
         if self.head_dim < 1:
@@ -82,6 +87,11 @@ class PlanConfig:
     def replace(self, **changes: Any) -> PlanConfig:
         """A copy with other values for some fields."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def stage_counts(self) -> list[int]:
+        """Remote stages of the forward and of the backward."""
+        return [self.stages, self.stages if self.backward_stages is None else self.backward_stages]
 
     def chunk_rows(self, total: int, world_size: int) -> int:
         """Rows of a chunk for a sequence of `total` rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Span(NamedTuple):
     """One activity of a rank in the predicted step. Stage 0 computes with own keys and receives nothing."""
 
-    kind: str  # "compute" or "receive"
+    kind: str  # "compute", "receive", or in a backward "return" (of gradients to their keys' ranks)
     stage: int
     begin: float  # seconds from the start of the step
     end: float
@@ -37,6 +38,7 @@ class Overview:
         rows: int64 [stages, world_size, world_size], key rows from each rank (dim 1) to each rank (dim 2).
         areas: int64 [world_size, 1 + stages], allowed cells that each rank computes: with own keys, then in each stage.
         pieces: int64 [world_size, 1 + stages], slices that they take.
+        backward_rows, backward_areas, backward_pieces: the same in the stages of the backward.
         config: as given to `build_plan`.
     """
 
@@ -47,6 +49,9 @@ class Overview:
     rows: Tensor
     areas: Tensor
     pieces: Tensor
+    backward_rows: Tensor
+    backward_areas: Tensor
+    backward_pieces: Tensor
     config: PlanConfig
 
     @property
@@ -74,26 +79,45 @@ class Overview:
 
     def timeline(self) -> list[list[Span]]:
         """The predicted forward pass of every rank: the next stage's rows arrive while this one's are computed with."""
+        return self._timeline(self.rows, self.areas, 1, 0)
+
+    def backward_timeline(self) -> list[list[Span]]:
+        """The predicted backward pass of every rank: gradients go home while the next stage computes."""
+        return self._timeline(self.backward_rows, self.backward_areas, _BACKWARD_COMPUTE, _GRADIENT_ROW)
+
+    def _timeline(self, rows: Tensor, areas: Tensor, compute: float, gradient: float) -> list[list[Span]]:
         cell, row, launch, *_ = self.config.costs()
-        received = self.rows.sum(1)
+        received = rows.sum(1)
         ranks = []
-        for rank in range(self.world_size):
+        for rank, cells in enumerate(areas.tolist()):
+            arriving: list[int] = received[:, rank].tolist()
             begin, spans = 0.0, []
-            for stage, area in enumerate(self.areas[rank].tolist()):
-                end = computed = begin + cell * area + (launch if stage and area else 0.0)
-                spans.append(Span("compute", stage, begin, computed))
-                if stage < len(received):
-                    arrived = begin + launch + row * int(received[stage, rank])
-                    spans.append(Span("receive", stage + 1, begin, arrived))
-                    end = max(computed, arrived)
-                begin = end
+            for stage, area in enumerate([*cells, 0] if gradient else cells):
+                computed = transferred = begin
+                if stage < len(cells):
+                    computed += compute * cell * area + (launch if stage and area else 0.0)
+                    spans.append(Span("compute", stage, begin, computed))
+                if gradient and stage >= 2:
+                    end = transferred + launch + gradient * row * arriving[stage - 2]
+                    spans.append(Span("return", stage - 1, transferred, end))
+                    transferred = end
+                if stage < len(arriving):
+                    end = transferred + launch + row * arriving[stage]
+                    spans.append(Span("receive", stage + 1, transferred, end))
+                    transferred = end
+                begin = max(computed, transferred)
             ranks.append(spans)
         return ranks
 
     @property
     def step_time(self) -> float:
         """Predicted seconds of the slowest rank's forward pass."""
-        return max(spans[-1].end for spans in self.timeline())
+        return _slowest(self.timeline())
+
+    @property
+    def backward_time(self) -> float:
+        """Predicted seconds of the slowest rank's backward pass."""
+        return _slowest(self.backward_timeline())
 
     def draw(self, path: str | os.PathLike[str] | None = None, *, mask: MaskLike | None = None) -> Figure:
         """Ownership, transfers and predicted timeline as one matplotlib figure, saved where `path` is given.
@@ -105,6 +129,14 @@ class Overview:
         from magi_attention.plan.draw import draw_overview
 
         return draw_overview(self, path, mask)
+
+
+# As in csrc/plan/cost.h.
+_BACKWARD_COMPUTE, _GRADIENT_ROW = 2.5, 2.0
+
+
+def _slowest(timeline: list[list[Span]]) -> float:
+    return max(span.end for spans in timeline for span in spans)
 
 
 def survey(
@@ -119,28 +151,55 @@ def survey(
         True
     """
     (call,) = plan_arguments([mask], [1.0], world_size, 0, config, layout_of)
-    rows, areas, pieces = torch.ops.magi.plan_overview(*call.tables, call.config.stages, call.config.costs())
-    total_q, chunk = call.q_grid[:2]
-    return Overview(call.q_chunks, total_q, call.k_grid[0], chunk, rows, areas, pieces, call.config)
+    tables = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs())
+    rows, areas, pieces, backward_rows, backward_areas, backward_pieces = tables
+    return Overview(
+        call.q_chunks,
+        call.q_grid[0],
+        call.k_grid[0],
+        call.q_grid[1],
+        rows,
+        areas,
+        pieces,
+        backward_rows,
+        backward_areas,
+        backward_pieces,
+        call.config,
+    )
 
 
-def choose_stages(masks: list[MaskLike], *, world_size: int, config: PlanConfig | None = None, largest: int = 6) -> int:
-    """How many remote stages give the shortest predicted step, summed over typical masks of a run.
+def choose_stages(
+    masks: Sequence[MaskLike], *, world_size: int, config: PlanConfig | None = None, largest: int = 6
+) -> PlanConfig:
+    """The configuration with the numbers of remote stages that give the shortest predicted passes.
 
-    The number is fixed for a compiled function: choose once, then pin it with `PlanConfig(stages=...)`.
+    Forward and backward are chosen apart; what is summed up are the predicted times over typical masks of a run. The
+    numbers are fixed for a compiled function: choose once, and build all plans of the run with the result. All ranks
+    find the same where they are given the same masks.
 
     Args:
         masks: typical masks of the run, at least one.
+        world_size: of the context-parallel group.
+        config: everything else; its own numbers of stages are not used.
         largest: the most stages to try.
+
+    Raises:
+        ValueError: no masks, or `largest` below 1.
+
+    Example:
+        >>> config = choose_stages([Mask.causal(65536)], world_size=8)
+        >>> plan = build_plan(Mask.causal(65536), world_size=8, rank=0, config=config)
     """
     if not masks:
         raise ValueError("masks must hold at least one mask, got none")
     if largest < 1:
         raise ValueError(f"largest must be at least 1, got {largest}")
     config = PlanConfig() if config is None else config
-
-    def time(stages: int) -> float:
-        pinned = config.replace(stages=stages)
-        return sum(survey(mask, world_size=world_size, config=pinned).step_time for mask in masks)
-
-    return min(range(1, largest + 1), key=time)
+    counts = range(1, largest + 1)
+    tried = [config.replace(stages=count, backward_stages=count) for count in counts]
+    overviews = [[survey(mask, world_size=world_size, config=pinned) for mask in masks] for pinned in tried]
+    forward = [sum(overview.step_time for overview in each) for each in overviews]
+    backward = [sum(overview.backward_time for overview in each) for each in overviews]
+    return config.replace(
+        stages=counts[forward.index(min(forward))], backward_stages=counts[backward.index(min(backward))]
+    )

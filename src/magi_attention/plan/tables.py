@@ -137,17 +137,19 @@ class Plan(_Tables):
 
     Attributes:
         q_layout, k_layout: where query rows and keys live; one object for self-attention.
-        slices: int32 [n, 6], local query rows x own key rows (stage 0: needs no communication).
-        stages: the remote stages; their number is `config.stages`.
+        slices: int32 [n, 6], local query rows x own key rows, which need no communication.
+        stages: the remote stages of the forward; their number is `config.stages`.
+        backward_stages: those of the backward: the same cells and rows, divided to hide its communication.
         config: as given to `build_plan`.
-        statistics: int64 [world_size, 2 + stages], on the CPU: of every rank the allowed cells, the key rows it
-            receives, and those of each stage.
+        statistics: int64 [world_size, 2 + stages + backward_stages], on the CPU: of every rank the allowed cells, the
+            key rows it receives, and those of each stage.
     """
 
     q_layout: Layout
     k_layout: Layout
     slices: Tensor
     stages: tuple[Stage, ...]
+    backward_stages: tuple[Stage, ...]
     config: PlanConfig
     statistics: Tensor
 
@@ -173,8 +175,13 @@ class Plan(_Tables):
 
     @property
     def stage_rows(self) -> Tensor:
-        """int64 [world_size, stages], key rows that each rank receives in each stage."""
-        return self.statistics[:, 2:]
+        """int64 [world_size, stages], key rows that each rank receives in each stage of the forward."""
+        return self.statistics[:, 2 : 2 + len(self.stages)]
+
+    @property
+    def backward_stage_rows(self) -> Tensor:
+        """int64 [world_size, backward_stages], the same of the backward."""
+        return self.statistics[:, 2 + len(self.stages) :]
 
     @property
     def imbalance(self) -> float:
@@ -187,13 +194,16 @@ class Plan(_Tables):
         device = torch.device(device)
         layouts = [self.q_layout] if self.k_layout is self.q_layout else [self.q_layout, self.k_layout]
         tables = [layout.ranges for layout in layouts] + [self.slices]
-        for stage in self.stages:
+        for stage in (*self.stages, *self.backward_stages):
             tables += [stage.slices, stage.send_ranges, stage.recv_rows, stage.send_rows]
         moved = iter(_move(tables, device))
         new_layouts = [_replace(layout, ranges=next(moved)) for layout in layouts]
         slices = next(moved)
-        stages = tuple(Stage(next(moved), next(moved), stage.splits, next(moved), next(moved)) for stage in self.stages)
-        return Plan(new_layouts[0], new_layouts[-1], slices, stages, self.config, self.statistics)
+        forward, backward = (
+            tuple(Stage(next(moved), next(moved), stage.splits, next(moved), next(moved)) for stage in stages)
+            for stages in (self.stages, self.backward_stages)
+        )
+        return Plan(new_layouts[0], new_layouts[-1], slices, forward, backward, self.config, self.statistics)
 
     def draw(self, mask: MaskLike, path: str | os.PathLike[str] | None = None) -> Figure:
         """This plan's mask by owner, who sends what to whom in each stage, and the predicted timeline of every rank.
