@@ -186,7 +186,7 @@ def nodes() -> list[dict]:
                     world // 8, 8, world // 8, 8
                 )
                 direct.append(float(sent.sum((1, 3)).fill_diagonal_(0).sum()) / world / ROWS)
-                relay = [torch.ops.magi.plan_relay(*call, rank, 8, 1, CONFIG.costs())[4] for rank in range(world)]
+                relay = [torch.ops.magi.plan_relay(*call, rank, 8, [1, 1], CONFIG.costs())[11] for rank in range(world)]
                 relayed.append(sum(len(received) for received in relay) / world / ROWS)
             means[name] = float(np.mean(direct)), float(np.mean(relayed))
         for name, (far, once) in means.items():

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,12 @@ from magi_attention.reference import Attention
 
 
 def plan_here(
-    mask: Mask, chunk: int = 8, stages: int = 2, spare: float = 0.0, backward_stages: int | None = None
+    mask: Mask, chunk: int = 8, *, world_size: int | None = None, rank: int | None = None, **config: Any
 ) -> Plan:
     """The plan of this process."""
-    config = PlanConfig(chunk=chunk, stages=stages, backward_stages=backward_stages, spare=spare)
-    return build_plan(mask, world_size=dist.get_world_size(), rank=dist.get_rank(), config=config)
+    world_size = dist.get_world_size() if world_size is None else world_size
+    rank = dist.get_rank() if rank is None else rank
+    return build_plan(mask, world_size=world_size, rank=rank, config=PlanConfig(chunk=chunk, **config))
 
 
 def rows_of(layout: Layout) -> Tensor:

@@ -25,16 +25,19 @@ def case_exact(
     options=None,
     deterministic=False,
     device="cpu",
+    mesh=None,
+    node_size=None,
 ):
     """out, lse and every gradient of this rank's rows, within the error contract."""
     options = options or {}
-    plan = plan_here(mask, stages=stages, backward_stages=stages % 3 + 1)
+    plan = plan_here(mask, stages=stages, backward_stages=stages % 3 + 1, node_size=node_size)
     tensors, dout, dlse = inputs(mask, heads=heads, head_dim=head_dim, v_dim=v_dim, sinks=sinks, dtype=dtype, seed=seed)
     ql, kl = plan.q_layout, plan.k_layout
     args = [local(x, layout) for x, layout in zip(tensors, (ql, kl, kl))] + tensors[3:]
     args = [x.to(device, copy=True).requires_grad_() for x in args]
     sink = args[3] if sinks else None
-    out, lse = attend(*args[:3], plan.to(device), dist.group.WORLD, sink=sink, deterministic=deterministic, **options)
+    mesh = dist.group.WORLD if mesh is None else mesh
+    out, lse = attend(*args[:3], plan.to(device), mesh, sink=sink, deterministic=deterministic, **options)
     # Padding is rows without keys.
     assert not out[ql.num_owned :].any()
     assert sinks or bool((lse[ql.num_owned :] == -torch.inf).all())

@@ -163,6 +163,22 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
     return call;
 }
 
+// Of every rank: area, remote rows, and the rows of each stage of each pass.
+Tensor statistics_of(const Tensor& like, const std::vector<plan::RankStats>& ranks,
+                     std::initializer_list<const std::vector<int64_t>*> passes) {
+    std::vector<int64_t> out;
+    for (size_t r = 0; r < ranks.size(); ++r) {
+        out.insert(out.end(), {ranks[r].area, ranks[r].remote});
+        for (const std::vector<int64_t>* rows : passes) {
+            const auto stages = static_cast<std::ptrdiff_t>(rows->size() / ranks.size());
+            const auto first = rows->begin() + static_cast<std::ptrdiff_t>(r) * stages;
+            out.insert(out.end(), first, first + stages);
+        }
+    }
+    const auto world = static_cast<int64_t>(ranks.size());
+    return longs_of(like, out, {world, static_cast<int64_t>(out.size()) / world});
+}
+
 // q_ranges, k_ranges, slices, statistics [world, 2 + all stages] (area, remote rows, rows of each stage); then for each
 // stage, those of the forward first, slices, send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
 std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
@@ -172,17 +188,9 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     const plan::Grid& q = call.q;
     MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
     const plan::Tables tables = call.tables(static_cast<int>(rank));
-    std::vector<int64_t> statistics;
-    for (int r = 0; r < q.world; ++r) {
-        statistics.insert(statistics.end(), {tables.ranks[r].area, tables.ranks[r].remote});
-        for (const plan::Schedule* pass : {&tables.forward, &tables.backward}) {
-            const auto rows = pass->rows.begin() + static_cast<std::ptrdiff_t>(r * pass->stages.size());
-            statistics.insert(statistics.end(), rows, rows + static_cast<std::ptrdiff_t>(pass->stages.size()));
-        }
-    }
     std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges),
                                table_of(slices, tables.slices),
-                               longs_of(slices, statistics, {q.world, 2 + stages[0] + stages[1]})};
+                               statistics_of(slices, tables.ranks, {&tables.forward.rows, &tables.backward.rows})};
     for (const plan::Schedule* pass : {&tables.forward, &tables.backward}) {
         for (const plan::StageTables& stage : pass->stages) {
             out.push_back(table_of(slices, stage.slices));
@@ -195,32 +203,36 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
     return out;
 }
 
-// The way over nodes: slices; then for each stage slices, relay_ranges, relay_splits, relay_rows, relay_send_rows,
-// fan_ranges, fan_splits, fan_rows, fan_send_rows (the four row counts as [n, 0]).
+// The same over nodes: rows cross to a node once, and go on to the ranks inside. Each stage has splits [2, node_size]
+// there, and four tables more, of the way between nodes: relay_ranges, relay_splits [2, nodes], relay_rows and
+// relay_send_rows [n, 0].
 std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
-                               int64_t node_size, int64_t stages, std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, {stages, 1}, cost);
+                               int64_t node_size, std::vector<int64_t> stages, std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
     const int64_t world = call.q.world;
     MAGI_CHECK(0 <= rank && rank < world, "rank must be in [0, ", world, "), got ", rank);
     MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ",
                node_size);
     const plan::RelayTables tables =
         plan::make_relay_tables(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned,
-                                static_cast<int>(rank), static_cast<int>(node_size), call.stages.forward, call.cost);
-    std::vector<Tensor> out = {table_of(slices, tables.slices)};
+                                static_cast<int>(rank), static_cast<int>(node_size), call.stages, call.cost);
+    std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges),
+                               table_of(slices, tables.slices),
+                               statistics_of(slices, tables.ranks, {&tables.forward.rows, &tables.backward.rows})};
     const auto push = [&](const std::vector<Range>& ranges, const std::vector<int64_t>& splits) {
+        const auto half = splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2);
         out.push_back(table_of(slices, ranges));
-        out.push_back(longs_of(slices, splits, {2, world}));
-        out.push_back(
-            new_empty(slices, {std::accumulate(splits.begin() + world, splits.end(), int64_t{0}), 0}, ScalarType::Int));
-        out.push_back(new_empty(slices, {std::accumulate(splits.begin(), splits.begin() + world, int64_t{0}), 0},
-                                ScalarType::Int));
+        out.push_back(longs_of(slices, splits, {2, static_cast<int64_t>(splits.size() / 2)}));
+        out.push_back(new_empty(slices, {std::accumulate(half, splits.end(), int64_t{0}), 0}, ScalarType::Int));
+        out.push_back(new_empty(slices, {std::accumulate(splits.begin(), half, int64_t{0}), 0}, ScalarType::Int));
     };
-    for (const plan::RelayStage& stage : tables.stages) {
-        out.push_back(table_of(slices, stage.slices));
-        push(stage.relay_send, stage.relay_splits);
-        push(stage.send, stage.splits);
+    for (const plan::RelaySchedule* pass : {&tables.forward, &tables.backward}) {
+        for (const plan::RelayStage& stage : pass->stages) {
+            out.push_back(table_of(slices, stage.slices));
+            push(stage.send, stage.splits);
+            push(stage.relay_send, stage.relay_splits);
+        }
     }
     return out;
 }
@@ -277,8 +289,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
         "-> Tensor[]");
     m.def(
         "plan_relay(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int "
-        "node_size, "
-        "int stages, float[] cost) -> Tensor[]");
+        "node_size, int[] stages, float[] cost) -> Tensor[]");
     m.def(
         "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int[] stages, "
         "float[] cost) -> Tensor[]");

@@ -1,22 +1,23 @@
 """How does a context-parallel group attend? `attend`: one autograd function that loops over the stages of a plan.
 
-The keys of stage s+1 travel while stage s computes; the backward fetches them again instead of saving them. Order is a
-data edge (`after`), or Inductor's scheduler loses it: each launch lists the launch before it, each kernel the buffer
-that is in flight, and the launches of the backward list its incoming gradient, without which they would be merged with
-the forward's.
+The keys of stage s+1 travel while stage s computes, and those of stage s+2 between nodes where there are nodes; the
+backward fetches them again instead of saving them. Order is a data edge (`after`), or Inductor's scheduler loses it: each
+launch lists the launch before it, each kernel the buffers that are in flight, and the launches of the backward list its
+incoming gradient, without which they would be merged with the forward's.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce, wait
 from magi_attention.dist.dispatch import check_group, check_rows
 from magi_attention.dist.tensor_parallel import heads_local
 from magi_attention.ops import accumulation_dtype, sink_gradient
-from magi_attention.plan import Plan, Stage
+from magi_attention.plan import Hop, Plan, Stage
 
 __all__ = ["attend"]
 
@@ -25,10 +26,99 @@ _ops = torch.ops.magi
 _RETURN_COPIES = torch.__version__ < "2.13"
 
 
+class _Traffic:
+    """Key rows of one pass on their way to this rank, and in a backward their gradients on the way home.
+
+    Step 0 computes with own keys, step 1 + s with those of stage s. Rows that come in two hops (`Stage.relay`)
+    cross to this node two steps ahead and fan out inside it one step ahead; gradients add up inside the node in one step
+    and cross back in the next. With one hop there is just the one step.
+
+    Args:
+        kv: own keys and values side by side.
+        groups: names of the process group that rows arrive over, and of that between nodes.
+        after: what every launch comes after; so does each launch after the one before it.
+    """
+
+    def __init__(self, kv: Tensor, stages: tuple[Stage, ...], groups: tuple[str, str], after: list[Tensor]) -> None:
+        self.kv, self.stages, self.after = kv, stages, after
+        self.group, self.relay_group = groups
+        self.last: list[Tensor] = []
+        # Un-waited, by stage: rows between nodes and to this rank, gradients from this rank and between nodes.
+        self.crossing: dict[int, Tensor] = {}
+        self.arriving: dict[int, Tensor] = {}
+        self.leaving: dict[int, Tensor] = {}
+        self.returning: dict[int, Tensor] = {}
+
+    @property
+    def in_flight(self) -> list[Tensor]:
+        """What a kernel lists to run after the launches and before the waits."""
+        traffic = (self.crossing, self.arriving, self.leaving, self.returning)
+        return [x for kind in traffic for x in kind.values()]
+
+    def launch_for(self, step: int) -> None:
+        """Launches what travels while `step` computes."""
+        stages = self.stages
+        for s in (0, 1) if step == 0 else (step + 1,):
+            relay = stages[s].relay if s < len(stages) else None
+            if relay is not None:
+                self.crossing[s] = self._cast(self.kv, relay, self.relay_group)
+        if step < len(stages):
+            rows = self.kv
+            if step in self.crossing:
+                rows = torch.cat([rows, wait(self.crossing.pop(step))])
+            self.arriving[step] = self._cast(rows, stages[step].arrival, self.group)
+
+    def keys_of(self, s: int) -> Tensor:
+        """The key buffer of stage s."""
+        return wait(self.arriving.pop(s))
+
+    def send_home(self, s: int, grads: list[Tensor]) -> None:
+        """Launches gradients of the key buffer of stage s, `[rows, heads, d_i]` each, on their way back."""
+        self.leaving[s] = self._reduce(grads, self.stages[s].arrival, self.group)
+
+    def cross_home(self, s: int, dkv: Tensor) -> Tensor:
+        """Gradients of rows that this rank relayed, added up, go on to their node; those of own rows join dkv."""
+        relay = self.stages[s].relay if s in self.leaving else None
+        if relay is None:
+            return dkv
+        rows, relayed = dkv.shape[0], relay.recv_rows.shape[0]
+        ranges = self.stages[s].send_ranges
+        grads = _ops.range_scatter_reduce(wait(self.leaving.pop(s)), ranges, rows + relayed)
+        own, far = grads.split([rows, relayed])
+        self.returning[s] = self._reduce([far], relay, self.relay_group)
+        return dkv + own
+
+    def all_home(self, dkv: Tensor) -> Tensor:
+        """dkv with what the other ranks found."""
+        for s in range(len(self.stages)):
+            dkv = self.cross_home(s, dkv)
+        for s, stage in enumerate(self.stages):
+            relay = stage.relay
+            if relay is None:
+                found, ranges = self.leaving.pop(s), stage.send_ranges
+            else:
+                found, ranges = self.returning.pop(s), relay.ranges
+            dkv = dkv + _ops.range_scatter_reduce(wait(found), ranges, dkv.shape[0])
+        return dkv
+
+    def _cast(self, rows: Tensor, hop: Hop, group: str) -> Tensor:
+        after = [*self.after, *self.last]
+        launched = group_cast(rows, hop.ranges, hop.splits, group, hop.recv_rows.shape[0], after)
+        self.last = [launched]
+        return launched
+
+    def _reduce(self, grads: list[Tensor], hop: Hop, group: str) -> Tensor:
+        launched = group_reduce(grads, hop.splits, group, hop.send_rows.shape[0], [*self.after, *self.last])
+        self.last = [launched]
+        return launched
+
+
 class _Attend(torch.autograd.Function):
     # Slices and stages, not the plan: torch 2.11 guards every number in a frozen dataclass that it sees go in here.
     @staticmethod
-    def forward(ctx, q, k, v, sink, slices, stages, backward_stages, group, softmax_scale, softcap, deterministic):
+    def forward(
+        ctx, q, k, v, sink, slices, stages, backward_stages, groups, softmax_scale, softcap, deterministic
+    ):
         accumulator = accumulation_dtype(q.dtype)
         kv = torch.cat([k, v], dim=2)
 
@@ -47,22 +137,23 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        flying = [_cast(kv, stages[0], group, [])]
-        out, lse = attend_keys(kv, slices, None, None, flying, last=False)
-        for stage, following in zip(stages, (*stages[1:], None)):
-            coming = [] if following is None else [_cast(kv, following, group, flying)]
-            out, lse = attend_keys(wait(*flying), stage.slices, out, lse, coming, last=following is None)
-            flying = coming
+        traffic = _Traffic(kv, stages, groups, [])
+        traffic.launch_for(0)
+        out, lse = attend_keys(kv, slices, None, None, traffic.in_flight, last=False)
+        for s, stage in enumerate(stages):
+            traffic.launch_for(1 + s)
+            keys = traffic.keys_of(s)
+            out, lse = attend_keys(keys, stage.slices, out, lse, traffic.in_flight, last=s + 1 == len(stages))
 
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
-        ctx.stages, ctx.group = backward_stages, group
+        ctx.stages, ctx.groups = backward_stages, groups
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
         return (out.clone(), lse.clone()) if _RETURN_COPIES else (out, lse)
 
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, sink, slices, out, lse = ctx.saved_tensors
-        stages, group = ctx.stages, ctx.group
+        stages = ctx.stages
         kv = torch.cat([k, v], dim=2)
 
         def grads_of_keys(keys, slices, dq, after):
@@ -82,27 +173,37 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        flying = launched = [_cast(kv, stages[0], group, [dout])]
+        traffic = _Traffic(kv, stages, ctx.groups, [dout])
+        traffic.launch_for(0)
         delta = _ops.ffa_delta(dout, out, dlse)
-        dq, dk, dv = grads_of_keys(kv, slices, None, flying)
+        dq, dk, dv = grads_of_keys(kv, slices, None, traffic.in_flight)
         dkv = torch.cat([dk, dv], dim=2)
-        returning: list[Tensor] = []
-        for stage, following in zip(stages, (*stages[1:], None)):
-            coming = [] if following is None else [_cast(kv, following, group, [dout, *launched])]
-            dq, dk, dv = grads_of_keys(wait(*flying), stage.slices, dq, coming + returning[-1:])
-            launched = [group_reduce([dk, dv], stage.splits, group, stage.send_rows.shape[0], coming or launched)]
-            returning += launched
-            flying = coming
-        for stage, arrived in zip(stages, returning):
-            dkv = dkv + _ops.range_scatter_reduce(wait(arrived), stage.send_ranges, dkv.shape[0])
+        for s, stage in enumerate(stages):
+            traffic.launch_for(1 + s)
+            dkv = traffic.cross_home(s - 2, dkv)
+            keys = traffic.keys_of(s)
+            dq, dk, dv = grads_of_keys(keys, stage.slices, dq, traffic.in_flight)
+            traffic.send_home(s, [dk, dv])
+        dkv = traffic.all_home(dkv)
 
         dk, dv = dkv.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
         dsink = None if sink is None else sink_gradient(sink, lse, delta)
         return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None, None
 
 
-def _cast(kv: Tensor, stage: Stage, group: str, after: list[Tensor]) -> Tensor:
-    return group_cast(kv, stage.send_ranges, stage.splits, group, stage.recv_rows.shape[0], after)
+def _groups(plan: Plan, mesh: Mesh) -> tuple[str, str]:
+    """Names of the process group that rows arrive over, and of that between nodes (the same where there are none)."""
+    node_size = plan.config.node_size
+    if node_size is None:
+        name = group_name(mesh)
+        return name, name
+    shape = (plan.world_size // node_size, node_size)
+    if not isinstance(mesh, DeviceMesh) or tuple(mesh.shape) != shape:
+        raise ValueError(
+            f"mesh must be a DeviceMesh [nodes, ranks of a node] = {list(shape)} for a plan with node_size={node_size}, "
+            f"got {mesh}"
+        )
+    return mesh.get_group(1).group_name, mesh.get_group(0).group_name
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan, mesh: Mesh) -> None:
@@ -152,14 +253,15 @@ def attend(
             v_dim]`, same dtype; `heads` is a multiple of `kv_heads`.
         plan: of this rank, on the device of q (`plan.to(device)`).
         mesh: 1-D device mesh (also one dimension of a larger one, `mesh["cp"]`) or process group, of the plan's world
-            size and with its rank.
+            size and with its rank. For a plan with `config.node_size` a 2-D device mesh, nodes x ranks of a node (also
+            two dimensions of a larger one, `mesh["node", "local"]`).
         sink: natural-log logits `[s_sink, heads]`, the same on every rank, that join each row's softmax with the value
             0; float32 (float64 for float64 q).
         softmax_scale: factor on q k^T, `head_dim ** -0.5` by default.
         softcap: c > 0 replaces each scaled score s by c tanh(s / c); 0 leaves it.
         deterministic: gradients that are bitwise equal from run to run (outputs always are).
 
-    With DTensors on a mesh of two dimensions, `mesh` being one of them: q, k, v are `Shard(0)` on `mesh` and `Shard(1)`
+    With DTensors on a mesh that has another dimension than those of `mesh`: q, k, v are `Shard(0)` on `mesh` and `Shard(1)`
     (heads) or `Replicate()` on the other one, sink is `Replicate()` on `mesh` and `Shard(1)` or `Replicate()` like
     the heads, and so are the results.
 
@@ -176,7 +278,7 @@ def attend(
         >>> plan = build_plan(mask, world_size=mesh.size(), rank=mesh.get_local_rank()).to("cuda")
         >>> out, lse = attend(q, k, v, plan, mesh)
     """
-    group = group_name(mesh)
+    groups = _groups(plan, mesh)
     if isinstance(q, DTensor):
 
         def attend_local(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,9 +294,9 @@ def attend(
                 deterministic=deterministic,
             )
 
-        return heads_local(attend_local, q, k, v, sink, group)
+        return heads_local(attend_local, q, k, v, sink, groups)
     _check(q, k, v, sink, plan, mesh)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     return _Attend.apply(
-        q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, group, scale, softcap, deterministic
+        q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, groups, scale, softcap, deterministic
     )

@@ -311,7 +311,12 @@ def _layout(plan: Plan | Layout) -> Layout:
 
 def check_group(layout: Layout, mesh: Mesh) -> None:
     """ValueError unless the layout is that of this rank of the group."""
-    size, rank = (mesh.size(), mesh.get_local_rank()) if isinstance(mesh, DeviceMesh) else (mesh.size(), mesh.rank())
+    size, rank = mesh.size(), 0
+    if isinstance(mesh, DeviceMesh):
+        for dim in range(mesh.ndim):
+            rank = rank * mesh.size(dim) + mesh.get_local_rank(dim)
+    else:
+        rank = mesh.rank()
     if (layout.world_size, layout.rank) != (size, rank):
         raise ValueError(
             f"plan must be that of rank {rank} of {size}, like mesh, got rank {layout.rank} of {layout.world_size}"

@@ -58,11 +58,11 @@ def heads_local(
     k: Tensor,
     v: Tensor,
     sink: Tensor | None,
-    group: str,
+    groups: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
     """`function` on the local parts of q, k, v and sink, its results put together again.
 
-    Rows are `Shard(0)` on the mesh dimension whose process group is `group`; heads are `Shard(1)`, or whole, on the
+    Rows are `Shard(0)` on the mesh dimensions whose process groups are `groups`; heads are `Shard(1)`, or whole, on the
     others.
 
     Raises:
@@ -70,9 +70,9 @@ def heads_local(
     """
     mesh = q.device_mesh
     names: list[str] = [mesh.get_group(dim).group_name for dim in range(mesh.ndim)]
-    if group not in names:
+    if not set(groups) <= set(names):
         raise ValueError(f"mesh must be a dimension of the device mesh of q, {mesh}")
-    rows = names.index(group)
+    rows = [names.index(group) for group in groups]
     for name, x in (("q", q), ("k", k), ("v", v), ("sink", sink)):
         if x is None:
             continue
@@ -80,7 +80,7 @@ def heads_local(
             raise ValueError(f"{name} must be a DTensor on the device mesh of q, {mesh}, got {type(x).__name__}")
         for dim, placement in enumerate(x.placements):
             allowed: tuple[Placement, ...] = (Shard(1), Replicate())
-            if dim == rows:
+            if dim in rows:
                 allowed = (Replicate(),) if name == "sink" else (Shard(0),)
             elif name != "q":
                 allowed = (q.placements[dim],)
@@ -94,7 +94,7 @@ def heads_local(
     if isinstance(sink, DTensor):
         sink_placed = tuple(sink.placements)
         # Each rank of the group knows the part of its own rows.
-        sink_grad = tuple(Partial() if dim == rows else p for dim, p in enumerate(sink_placed))
+        sink_grad = tuple(Partial() if dim in rows else p for dim, p in enumerate(sink_placed))
     run = local_map(
         function,
         out_placements=(placed, placed),

@@ -4,26 +4,24 @@ Planning needs no GPU and no process group, and every rank finds the same answer
 dataloader worker. The arithmetic is in csrc/plan.
 """
 
-from magi_attention.plan.build import PlanCache, build_plan, build_plans, build_relay_plan
+from magi_attention.plan.build import PlanCache, build_plan, build_plans
 from magi_attention.plan.config import H200_INFINIBAND, H200_NVLINK, HardwareProfile, PlanConfig
 from magi_attention.plan.overview import Overview, choose_stages, survey
-from magi_attention.plan.tables import Layout, Plan, RelayPlan, RelayStage, Stage
+from magi_attention.plan.tables import Hop, Layout, Plan, Stage
 
 __all__ = [
     "H200_INFINIBAND",
     "H200_NVLINK",
     "HardwareProfile",
+    "Hop",
     "Layout",
     "Overview",
     "Plan",
     "PlanCache",
     "PlanConfig",
-    "RelayPlan",
-    "RelayStage",
     "Stage",
     "build_plan",
     "build_plans",
-    "build_relay_plan",
     "choose_stages",
     "survey",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magi_attention import ops  # noqa: F401  (loads the library that holds the planner)
 from magi_attention.plan.config import PlanConfig
-from magi_attention.plan.tables import Layout, Plan, RelayPlan, RelayStage, Stage
+from magi_attention.plan.tables import Layout, Plan, Stage
 
 
 class MaskLike(Protocol):
@@ -76,6 +76,8 @@ def plan_arguments(
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    if config.node_size is not None and world_size % config.node_size:
+        raise ValueError(f"node_size must divide the world size {world_size}, got {config.node_size}")
     if not masks:
         raise ValueError("masks must hold at least one mask, got none")
     if len(weights) != len(masks) or not all(0 < weight < float("inf") for weight in weights):
@@ -173,40 +175,29 @@ def build_plans(
 
 
 def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
-    out = torch.ops.magi.plan_tables(*call.tables, rank, call.config.stage_counts, call.config.costs())
+    config = call.config
+    if config.node_size is None:
+        out = torch.ops.magi.plan_tables(*call.tables, rank, config.stage_counts, config.costs())
+    else:
+        out = torch.ops.magi.plan_relay(*call.tables, rank, config.node_size, config.stage_counts, config.costs())
     if layout_of is not None and layout_of.rank == rank:
         q_layout, k_layout = layout_of.q_layout, layout_of.k_layout
     else:
         q_layout = _layout(call.q_grid, call.q_chunks, out[0], rank)
         k_layout = q_layout if call.k_chunks is call.q_chunks else _layout(call.k_grid, call.k_chunks, out[1], rank)
-    stages = tuple(Stage(*out[i : i + 5]) for i in range(4, len(out), 5))
-    forward, backward = stages[: call.config.stages], stages[call.config.stages :]
-    return Plan(q_layout, k_layout, out[2], forward, backward, call.config, out[3])
+    return Plan(q_layout, k_layout, out[2], *stages_of(out[4:], config), config, out[3])
 
 
-def build_relay_plan(plan: Plan, mask: MaskLike, *, node_size: int) -> RelayPlan:
-    """The same ownership with other tables: a row crosses the network once for each node that needs it.
+def stages_of(tables: list[Tensor], config: PlanConfig) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """Stages of the forward and of the backward."""
+    width = 5 if config.node_size is None else 9
+    rows = [tables[i : i + width] for i in range(0, len(tables), width)]
 
-    Args:
-        plan: gives layouts and configuration; ranks node * node_size to node * node_size + node_size - 1 share a node.
-        mask: the mask that the plan was built for.
-        node_size: ranks of a node; divides the world size.
+    def stages(rows: list[list[Tensor]]) -> tuple[Stage, ...]:
+        # Of several stages nothing of the first one comes from other nodes.
+        return tuple(Stage(*(row if i > 0 or len(rows) == 1 else row[:5])) for i, row in enumerate(rows))
 
-    Raises:
-        ValueError: names the argument that is wrong.
-
-    Example:
-        >>> mask = Mask.causal(4096)
-        >>> relay = build_relay_plan(build_plan(mask, world_size=8, rank=0), mask, node_size=4)
-        >>> relay.stages[0].relay_splits.shape
-        torch.Size([2, 8])
-    """
-    if node_size < 1 or plan.world_size % node_size:
-        raise ValueError(f"node_size must divide the world size {plan.world_size}, got {node_size}")
-    (call,) = plan_arguments([mask], [1.0], plan.world_size, plan.rank, plan.config, plan)
-    out = torch.ops.magi.plan_relay(*call.tables, plan.rank, node_size, call.config.stages, call.config.costs())
-    stages = tuple(RelayStage(*out[i : i + 9]) for i in range(1, len(out), 9))
-    return RelayPlan(plan.q_layout, plan.k_layout, out[0], stages, call.config, node_size)
+    return stages(rows[: config.stages]), stages(rows[config.stages :])
 
 
 class PlanCache:

@@ -53,6 +53,10 @@ class PlanConfig:
             compute before it. `choose_stages` finds good numbers for a run.
         backward_stages: those of the backward, which computes and sends more; by default as many as `stages`. What is
             in each is chosen for the backward alone.
+        node_size: ranks of a node (rank node * node_size + place), where ranks share nodes, a slower network between
+            these. A row then crosses to a node once, to the rank at its owner's place, and goes on from there to the
+            ranks that need it; `attend` takes a mesh of two dimensions, nodes x ranks of a node. `profile` is that of
+            the network.
         heads: query heads and key/value heads of the model; with `head_dim` and `profile` they weigh compute
             against communication.
         head_dim: width of a head.
@@ -64,6 +68,7 @@ class PlanConfig:
     spare: float = 0.0
     stages: int = 2
     backward_stages: int | None = None
+    node_size: int | None = None
     heads: tuple[int, int] = (32, 8)
     head_dim: int = 128
     slack: float = 0.01
@@ -77,6 +82,8 @@ class PlanConfig:
         for name, count in zip(("stages", "backward_stages"), self.stage_counts):
             if not 1 <= count <= 64:
                 raise ValueError(f"{name} must be between 1 and 64, got {count}")
+        if self.node_size is not None and self.node_size < 1:
+            raise ValueError(f"node_size must be at least 1, got {self.node_size}")
         if len(self.heads) != 2 or min(self.heads) < 1:
             raise ValueError(f"heads must be at least one query head and one key/value head, got {self.heads}")
         if self.head_dim < 1:

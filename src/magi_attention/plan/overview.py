@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from magi_attention.plan.build import MaskLike, plan_arguments
+from magi_attention.plan.build import MaskLike, PlanArguments, plan_arguments, stages_of
 from magi_attention.plan.config import PlanConfig
 from magi_attention.plan.tables import Plan
 
@@ -35,7 +35,8 @@ class Overview:
     Attributes:
         chunks: int32 [world_size, slots], chunk ids of every rank's query rows, -1 for padding; `chunk` rows each.
         total_q, total_k, chunk: lengths.
-        rows: int64 [stages, world_size, world_size], key rows from each rank (dim 1) to each rank (dim 2).
+        rows: int64 [stages, world_size, world_size], key rows from each rank (dim 1) to each rank (dim 2); with
+            `config.node_size` from the rank of the own node that hands them on, which may be the rank itself.
         areas: int64 [world_size, 1 + stages], allowed cells that each rank computes: with own keys, then in each stage.
         pieces: int64 [world_size, 1 + stages], slices that they take.
         backward_rows, backward_areas, backward_pieces: the same in the stages of the backward.
@@ -151,7 +152,10 @@ def survey(
         True
     """
     (call,) = plan_arguments([mask], [1.0], world_size, 0, config, layout_of)
-    tables = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs())
+    if call.config.node_size is None:
+        tables = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs())
+    else:
+        tables = _survey_nodes(call, world_size, call.config.node_size)
     rows, areas, pieces, backward_rows, backward_areas, backward_pieces = tables
     return Overview(
         call.q_chunks,
@@ -166,6 +170,26 @@ def survey(
         backward_pieces,
         call.config,
     )
+
+
+def _survey_nodes(call: PlanArguments, world_size: int, node_size: int) -> list[Tensor]:
+    """What `plan_overview` says, of plans for nodes."""
+    ranks = []
+    for rank in range(world_size):
+        counts, costs = call.config.stage_counts, call.config.costs()
+        out = torch.ops.magi.plan_relay(*call.tables, rank, node_size, counts, costs)
+        ranks.append((out[2], stages_of(out[4:], call.config)))
+    tables = []
+    for of, count in enumerate(call.config.stage_counts):
+        rows = torch.zeros(count, world_size, world_size, dtype=torch.int64)
+        parts = [[own, *(stage.slices for stage in passes[of])] for own, passes in ranks]
+        for rank, (_, passes) in enumerate(ranks):
+            node = rank // node_size * node_size
+            for number, stage in enumerate(passes[of]):
+                rows[number, rank, node : node + node_size] = stage.splits[0]
+        areas = [[int(torch.ops.magi.slices_area(part).sum()) for part in of_rank] for of_rank in parts]
+        tables += [rows, torch.tensor(areas), torch.tensor([[len(part) for part in of_rank] for of_rank in parts])]
+    return tables
 
 
 def choose_stages(

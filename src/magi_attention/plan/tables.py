@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import os
 
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
     from magi_attention.plan.build import MaskLike
 
@@ -35,8 +36,12 @@ class _Tables:
     _unbacked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._mark()
+
+    def _mark(self) -> None:
         for name in self._unbacked:
-            _mark(getattr(self, name))
+            if getattr(self, name) is not None:
+                _mark(getattr(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
         # By value: a tensor would travel between processes as a shared-memory handle each, which takes longer to open
@@ -46,9 +51,17 @@ class _Tables:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()})
-        # Marks are attributes of the tensor object: they are lost between processes.
-        for name in self._unbacked:
-            _mark(getattr(self, name))
+        self._mark()  # marks are attributes of the tensor object: they are lost between processes
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The tensors that depend on the mask: those that move to a device."""
+        return [table for name in self._unbacked if (table := getattr(self, name)) is not None]
+
+    def with_tables(self, tables: Iterator[Tensor]) -> Self:
+        """A copy with the next of `tables` for each of its own."""
+        names = [name for name in self._unbacked if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: next(tables) for name in names})  # type: ignore[type-var]
 
     def _parts(self) -> Iterator[object]:
         for f in fields(self):  # type: ignore[arg-type]
@@ -109,17 +122,35 @@ class Layout(_Tables):
     _unbacked = ("ranges", "local_rows")
 
 
+class Hop(NamedTuple):
+    """Rows that every rank of a group sends to the others: fields as in `Stage`."""
+
+    ranges: Tensor
+    splits: Tensor
+    recv_rows: Tensor
+    send_rows: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Stage(_Tables):
     """One step of communication and what is computed with it.
 
     The key buffer of a stage holds the received rows by source rank, each source's rows ascending.
 
+    With `config.node_size` rows come in two hops. First every rank sends the rows of `relay_ranges` to the ranks at its
+    place in other nodes; they arrive by source node, ascending within. Then it sends the rows of `send_ranges`, which
+    count through its own key rows (padding included) and on through those that it just received, to the ranks of its
+    node; for itself, those that it relayed and needs. The key buffer then lies by source rank and the owner's node. Of
+    several stages the first has no relay: its rows come from the own node, while the next stage's cross.
+
     Attributes:
         slices: int32 [n, 6], local query rows x rows of the key buffer.
         send_ranges: int32 [m, 2], own key rows to send, by destination rank, ascending within.
-        splits: int64 [2, world_size], always on the CPU: rows to send to and to receive from each rank.
+        splits: int64 [2, world_size] (with nodes [2, node_size]), always on the CPU: rows to send to and to receive
+            from each rank.
         recv_rows, send_rows: int32 [n, 0], carry the two row counts as shapes.
+        relay_ranges, relay_splits, relay_rows, relay_send_rows: the same of the hop between nodes, splits [2, nodes];
+            None where there is none.
     """
 
     slices: Tensor
@@ -127,8 +158,33 @@ class Stage(_Tables):
     splits: Tensor
     recv_rows: Tensor
     send_rows: Tensor
+    relay_ranges: Tensor | None = None
+    relay_splits: Tensor | None = None
+    relay_rows: Tensor | None = None
+    relay_send_rows: Tensor | None = None
 
-    _unbacked = ("slices", "send_ranges", "recv_rows", "send_rows")
+    _unbacked = (
+        "slices",
+        "send_ranges",
+        "recv_rows",
+        "send_rows",
+        "relay_ranges",
+        "relay_rows",
+        "relay_send_rows",
+    )
+
+    @property
+    def relay(self) -> Hop | None:
+        """Between nodes."""
+        ranges, splits, rows, send_rows = self.relay_ranges, self.relay_splits, self.relay_rows, self.relay_send_rows
+        if ranges is None or splits is None or rows is None or send_rows is None:
+            return None
+        return Hop(ranges, splits, rows, send_rows)
+
+    @property
+    def arrival(self) -> Hop:
+        """To the ranks that compute: the only hop, or the last."""
+        return Hop(self.send_ranges, self.splits, self.recv_rows, self.send_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,14 +250,12 @@ class Plan(_Tables):
         device = torch.device(device)
         layouts = [self.q_layout] if self.k_layout is self.q_layout else [self.q_layout, self.k_layout]
         tables = [layout.ranges for layout in layouts] + [self.slices]
-        for stage in (*self.stages, *self.backward_stages):
-            tables += [stage.slices, stage.send_ranges, stage.recv_rows, stage.send_rows]
+        tables += [table for stage in (*self.stages, *self.backward_stages) for table in stage.tables]
         moved = iter(_move(tables, device))
         new_layouts = [_replace(layout, ranges=next(moved)) for layout in layouts]
         slices = next(moved)
         forward, backward = (
-            tuple(Stage(next(moved), next(moved), stage.splits, next(moved), next(moved)) for stage in stages)
-            for stages in (self.stages, self.backward_stages)
+            tuple(stage.with_tables(moved) for stage in stages) for stages in (self.stages, self.backward_stages)
         )
         return Plan(new_layouts[0], new_layouts[-1], slices, forward, backward, self.config, self.statistics)
 
@@ -216,64 +270,6 @@ class Plan(_Tables):
 
         overview = survey(mask, world_size=self.world_size, config=self.config, layout_of=self)
         return overview.draw(path, mask=mask)
-
-
-@dataclass(frozen=True, eq=False)
-class RelayStage(_Tables):
-    """One stage of a `RelayPlan`: rows cross to a node once, then fan out inside it.
-
-    First every rank sends the rows of `relay_ranges` to the ranks at its place in other nodes. Then it sends the rows
-    of `fan_ranges`, which count through its own key rows (padding included) and on through the rows that it just
-    received, to the ranks of its node. Relayed rows lie by source node, ascending within; the key buffer lies by relay,
-    then by the owner's node, ascending within.
-
-    Attributes:
-        slices: int32 [n, 6], local query rows x rows of the key buffer.
-        relay_ranges, fan_ranges: int32 [m, 2], rows to send, by destination rank.
-        relay_splits, fan_splits: int64 [2, world_size], on the CPU: rows to send to and to receive from each rank. The
-            fan includes the rank itself, for rows that it relays and needs.
-        relay_rows, fan_rows: int32 [n, 0], rows received; relay_send_rows, fan_send_rows: rows sent.
-    """
-
-    slices: Tensor
-    relay_ranges: Tensor
-    relay_splits: Tensor
-    relay_rows: Tensor
-    relay_send_rows: Tensor
-    fan_ranges: Tensor
-    fan_splits: Tensor
-    fan_rows: Tensor
-    fan_send_rows: Tensor
-
-    _unbacked = (
-        "slices",
-        "relay_ranges",
-        "relay_rows",
-        "relay_send_rows",
-        "fan_ranges",
-        "fan_rows",
-        "fan_send_rows",
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class RelayPlan(_Tables):
-    """A plan for ranks that share nodes: rank node * node_size + place. `attend` does not take it yet.
-
-    Attributes:
-        q_layout, k_layout, slices, config: as in `Plan`.
-        node_size: ranks of a node.
-        stages: the remote stages.
-    """
-
-    q_layout: Layout
-    k_layout: Layout
-    slices: Tensor
-    stages: tuple[RelayStage, ...]
-    config: PlanConfig
-    node_size: int
-
-    _unbacked = ("slices",)
 
 
 def _replace(layout: Layout, **changes: Any) -> Layout:
