@@ -100,7 +100,8 @@ void check_plan(const std::vector<Slice>& mask, const Grid& q_grid, const Owners
 
     std::vector<Tables> tables;
     const StageCounts counts{stages, stages % 3 + 1};
-    for (int r = 0; r < world; ++r) tables.push_back(make_tables(mask, q_grid, q, k_grid, k, r, counts, kCost));
+    for (int r = 0; r < world; ++r)
+        tables.push_back(make_tables(mask, Moves(), q_grid, q, k_grid, k, r, counts, kCost));
     check_pass(tables, &Tables::forward, expected);
     check_pass(tables, &Tables::backward, expected);
 }
@@ -133,7 +134,7 @@ TEST(Tables, NeighbouringChunksMakeOneSlice) {
     Ownership chunks(64);
     std::iota(chunks.begin(), chunks.end(), 0);
     for (int r = 0; r < 2; ++r)
-        EXPECT_EQ(make_tables(mask, grid, chunks, grid, chunks, r, {1, 1}, kCost).slices.size(), 1u);
+        EXPECT_EQ(make_tables(mask, Moves(), grid, chunks, grid, chunks, r, {1, 1}, kCost).slices.size(), 1u);
 }
 
 TEST(Ownership, BadTablesAreRefused) {

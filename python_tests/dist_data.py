@@ -1,5 +1,6 @@
 """What do the distributed tests attend? Random masks and inputs, the same on every rank, and a rank's rows of them."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +15,30 @@ from magi_attention.reference import Attention
 
 
 def plan_here(
-    mask: Mask, chunk: int = 8, *, world_size: int | None = None, rank: int | None = None, **config: Any
+    mask: Mask,
+    chunk: int = 8,
+    *,
+    world_size: int | None = None,
+    rank: int | None = None,
+    movement: str = "keys",
+    seed: int = 0,
+    **config: Any,
 ) -> Plan:
-    """The plan of this process."""
+    """The plan of this process. With movement "anywhere" random rectangles are computed on random ranks."""
     world_size = dist.get_world_size() if world_size is None else world_size
     rank = dist.get_rank() if rank is None else rank
-    return build_plan(mask, world_size=world_size, rank=rank, config=PlanConfig(chunk=chunk, **config))
+    moves = random_moves(mask, world_size, seed) if movement == "anywhere" else None
+    options = PlanConfig(chunk=chunk, movement="keys" if movement == "keys" else "auto", **config)
+    return build_plan(mask, world_size=world_size, rank=rank, config=options, moves=moves)
+
+
+def random_moves(mask: Mask, world_size: int, seed: int) -> Tensor:
+    """Half of the cells of a random grid, each for a random rank."""
+    g = random.Random(seed)
+    cuts = [sorted({0, total, *(g.randint(0, total) for _ in range(4))}) for total in (mask.total_q, mask.total_k)]
+    cells = itertools.product(*map(itertools.pairwise, cuts))
+    moved = [(*q, *k, g.randrange(world_size)) for q, k in cells if g.random() < 0.5]
+    return torch.tensor(moved, dtype=torch.int32).reshape(-1, 5)
 
 
 def rows_of(layout: Layout) -> Tensor:

@@ -27,10 +27,12 @@ def case_exact(
     device="cpu",
     mesh=None,
     node_size=None,
+    movement="keys",
 ):
     """out, lse and every gradient of this rank's rows, within the error contract."""
     options = options or {}
-    plan = plan_here(mask, stages=stages, backward_stages=stages % 3 + 1, node_size=node_size)
+    layout = {"node_size": node_size, "movement": movement, "seed": seed}
+    plan = plan_here(mask, stages=stages, backward_stages=stages % 3 + 1, **layout)
     tensors, dout, dlse = inputs(mask, heads=heads, head_dim=head_dim, v_dim=v_dim, sinks=sinks, dtype=dtype, seed=seed)
     ql, kl = plan.q_layout, plan.k_layout
     args = [local(x, layout) for x, layout in zip(tensors, (ql, kl, kl))] + tensors[3:]

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from magi_attention.mask import Mask
 from magi_attention.plan import (
+    Guests,
     HardwareProfile,
     Plan,
     PlanCache,
     PlanConfig,
+    Stage,
     build_plan,
     build_plans,
     choose_stages,
@@ -36,30 +38,39 @@ def plan_all(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
     return [build_plan(mask, world_size=world_size, rank=rank, config=config) for rank in range(world_size)]
 
 
-def received_keys(plans: list[Plan], rank: int, stage: int, of: str = "stages") -> Tensor:
-    """Global ids of the rows in a stage's key buffer, built only from what the senders' tables say."""
+def received(senders: list[tuple[Stage | Guests, Tensor]], rank: int) -> Tensor:
+    """Global ids of the rows that arrive at a rank, built only from what every sender's table says of its rows."""
     buffer = []
-    for source in plans:
-        table = getattr(source, of)[stage]
-        sent = rows_of(source.k_layout.ranges)[rows_of(table.send_ranges)]
+    for source, (table, rows) in enumerate(senders):
+        sent = rows[rows_of(table.send_ranges)]
         counts = table.splits[0]
         assert len(sent) == int(counts.sum()) == len(table.send_rows)
-        assert counts[rank] == getattr(plans[rank], of)[stage].splits[1, source.rank]
+        assert counts[rank] == senders[rank][0].splits[1, source]
         first = int(counts[:rank].sum())
         buffer.append(sent[first : first + int(counts[rank])])
-    return torch.cat(buffer)
+    rows = torch.cat(buffer)
+    table = senders[rank][0]
+    assert len(rows) == int(table.splits[1].sum()) == len(table.recv_rows)
+    return rows
 
 
-def check(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
-    plans = plan_all(mask, world_size, config)
-    dense = mask.dense()
+def received_keys(plans: list[Plan], rank: int, stage: int, of: str = "stages") -> Tensor:
+    return received([(getattr(p, of)[stage], rows_of(p.k_layout.ranges)) for p in plans], rank)
 
-    def compute(computed: Tensor, slices: Tensor, rows: Tensor, keys: Tensor) -> None:
-        for q0, q1, k0, k1, lo, hi in slices.tolist():
-            diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
-            allowed = (diagonal >= lo) & (diagonal <= hi)
-            computed[rows[q0:q1][:, None], keys[k0:k1]] += allowed.int()
 
+def received_guests(plans: list[Plan], rank: int) -> Tensor:
+    tables = [(p.guests, rows_of(p.q_layout.ranges)) for p in plans if p.guests is not None]
+    return received(tables, rank) if tables else torch.arange(0)
+
+
+def check(mask: Mask, world_size: int, config: PlanConfig, moves: Tensor | None = None) -> list[Plan]:
+    return check_plans(
+        mask, [build_plan(mask, world_size=world_size, rank=r, config=config, moves=moves) for r in range(world_size)]
+    )
+
+
+def check_plans(mask: Mask, plans: list[Plan]) -> list[Plan]:
+    """Every allowed cell is computed once, every row that a rank computes with is there once, all ranks agree."""
     for layouts, total in ([p.q_layout for p in plans], mask.total_q), ([p.k_layout for p in plans], mask.total_k):
         # Every row has one home, and every rank as many slots as any other.
         assert torch.equal(torch.cat([rows_of(x.ranges) for x in layouts]).sort().values, torch.arange(total))
@@ -68,25 +79,44 @@ def check(mask: Mask, world_size: int, config: PlanConfig) -> list[Plan]:
             assert x.num_owned == len(rows_of(x.ranges)) <= x.rows == x.chunks.shape[1] * x.chunk
             assert torch.equal(x.chunks, layouts[0].chunks)
 
+    dense = mask.dense()
     for of, counts_of in ("stages", "stage_rows"), ("backward_stages", "backward_stage_rows"):
         computed = torch.zeros(dense.shape, dtype=torch.int32)
+        visits = torch.zeros(mask.total_q, dtype=torch.int64)
         for plan in plans:
-            stages, rows, keys = getattr(plan, of), rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
-            compute(computed, plan.slices, rows, keys)
-            received = [received_keys(plans, plan.rank, stage, of) for stage in range(len(stages))]
-            for stage, buffer in zip(stages, received):
-                assert len(buffer) == int(stage.splits[1].sum()) == len(stage.recv_rows)
-                compute(computed, stage.slices, rows, buffer)
-            needed = dense[rows].any(0).nonzero().flatten()
-            remote = needed[~torch.isin(needed, keys)]
-            assert torch.equal(torch.cat(received).sort().values, remote)  # each once, nothing else
-            assert plan.remote_rows[plan.rank] == len(remote)
-            assert getattr(plan, counts_of)[plan.rank].tolist() == [len(buffer) for buffer in received]
-            assert plan.area[plan.rank] == dense[rows].sum()
+            rank, stages, mine = plan.rank, getattr(plan, of), torch.zeros(dense.shape, dtype=torch.int32)
+            rows, keys = rows_of(plan.q_layout.ranges), rows_of(plan.k_layout.ranges)
+            guests = received_guests(plans, rank)
+            buffers = [received_keys(plans, rank, stage, of) for stage in range(len(stages))]
+            compute(mine, plan.slices, rows, keys)
+            compute(mine, plan.guests and plan.guests.slices, guests, keys)
+            for stage, buffer in zip(stages, buffers):
+                compute(mine, stage.slices, rows, buffer)
+                compute(mine, stage.guest_slices, guests, buffer)
+            # What it needs of others it receives, each once and nothing else.
+            for axis, own, came in (0, keys, torch.cat(buffers)), (1, rows, guests):
+                needed = mine.any(axis).nonzero().flatten()
+                assert torch.equal(came.sort().values, needed[~torch.isin(needed, own)])
+            computed += mine
+            visits[guests] += 1
+            assert plan.area[rank] == mine.sum()
+            assert plan.remote_rows[rank] == sum(map(len, buffers))
+            assert getattr(plan, counts_of)[rank].tolist() == [len(buffer) for buffer in buffers]
+            assert plan.guest_rows[rank] == len(guests)
             assert torch.equal(plan.statistics, plans[0].statistics)
+            assert plan.guests is not None or torch.equal(mine[rows], dense[rows].int())
         assert torch.equal(computed, dense.int())
-    assert [len(plans[0].stages), len(plans[0].backward_stages)] == config.stage_counts
+        for plan in plans:
+            assert plan.returned_rows[plan.rank] == visits[rows_of(plan.q_layout.ranges)].sum()
+    assert [len(plans[0].stages), len(plans[0].backward_stages)] == plans[0].config.stage_counts
     return plans
+
+
+def compute(cells: Tensor, slices: Tensor | None, rows: Tensor, keys: Tensor) -> None:
+    """Counts in `cells` what slices of these rows and keys allow."""
+    for q0, q1, k0, k1, lo, hi in [] if slices is None else slices.tolist():
+        diagonal = torch.arange(k0, k1) - torch.arange(q0, q1)[:, None]
+        cells[rows[q0:q1][:, None], keys[k0:k1]] += ((diagonal >= lo) & (diagonal <= hi)).int()
 
 
 MASKS = {
@@ -134,6 +164,23 @@ def masks(draw: st.DrawFn) -> Mask:
     return Mask.from_bands(q_ranges, k_ranges, bands, total_q=total_q, total_k=total_k)
 
 
+@st.composite
+def moves(draw: st.DrawFn, mask: Mask, world_size: int) -> Tensor:
+    """Random disjoint rectangles, each for a random rank."""
+    cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=4))}) for n in (mask.total_q, mask.total_k)]
+    rectangles = [
+        (*q, *k, draw(st.integers(0, world_size - 1)))
+        for q in itertools.pairwise(cuts[0])
+        for k in itertools.pairwise(cuts[1])
+        if draw(st.booleans())
+    ]
+    return torch.tensor(rectangles, dtype=torch.int32).reshape(-1, 5)
+
+
+# A slow link, so that moving rows instead of keys is worth it even for masks as small as these.
+SLOW = HardwareProfile(flops=1e9, bandwidth=1e6, launch=1e-6)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     masks(),
@@ -142,12 +189,67 @@ def masks(draw: st.DrawFn) -> Mask:
     st.integers(1, 4),
     st.none() | st.integers(1, 4),
     st.sampled_from([0.0, 0.25, 1.0]),
+    st.sampled_from(["keys", "auto"]),
 )
 def test_every_cell_once_on_random_masks(
-    mask: Mask, world_size: int, chunk: int, stages: int, backward_stages: int | None, spare: float
+    mask: Mask, world_size: int, chunk: int, stages: int, backward_stages: int | None, spare: float, movement: str
 ) -> None:
-    config = PlanConfig(chunk=chunk, stages=stages, backward_stages=backward_stages, spare=spare)
+    config = PlanConfig(
+        chunk=chunk,
+        stages=stages,
+        backward_stages=backward_stages,
+        spare=spare,
+        movement=movement,
+        heads=(8, 8),
+        profile=SLOW,
+    )
     check(mask, world_size, config)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), masks(), st.integers(1, 9), st.integers(1, 40), st.integers(1, 4))
+def test_any_rectangle_may_be_computed_anywhere(
+    data: st.DataObject, mask: Mask, world_size: int, chunk: int, stages: int
+) -> None:
+    config = PlanConfig(chunk=chunk, stages=stages, movement="auto")
+    check(mask, world_size, config, data.draw(moves(mask, world_size)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(masks(), min_size=2, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from(["keys", "auto"]),
+    st.booleans(),
+)
+def test_every_cell_once_where_masks_share_rows(
+    several: list[Mask], world_size: int, chunk: int, stages: int, movement: str, joint: bool
+) -> None:
+    """Planned together, or later ones on the layout of the first."""
+    total_q, total_k = (max(getattr(mask, name) for mask in several) for name in ("total_q", "total_k"))
+    several = [_grown(mask, total_q, total_k) for mask in several]
+    config = PlanConfig(chunk=chunk, stages=stages, movement=movement, heads=(8, 8), profile=SLOW)
+    ranks = range(world_size)
+    if joint:
+        weights = [1.0 + i for i in range(len(several))]
+        plans = [build_plans(several, weights=weights, world_size=world_size, rank=r, config=config) for r in ranks]
+    else:
+        first = plan_all(several[0], world_size, config)
+        later = [
+            [build_plan(m, world_size=world_size, rank=r, config=config, layout_of=first[r]) for m in several[1:]]
+            for r in ranks
+        ]
+        plans = [(one, *others) for one, others in zip(first, later)]
+    for mask, of_mask in zip(several, zip(*plans)):
+        assert all(plan.q_layout is mine[0].q_layout for plan, mine in zip(of_mask, plans))
+        check_plans(mask, list(of_mask))
+
+
+def _grown(mask: Mask, total_q: int, total_k: int) -> Mask:
+    q, k, bands = mask.slices[:, :2], mask.slices[:, 2:4], mask.slices[:, 4:]
+    return Mask.from_bands(q, k, bands, total_q=total_q, total_k=total_k)
 
 
 @pytest.mark.parametrize("name", ["documents", "prefix", "cross attention", "rows without keys"])

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <tuple>
 
 #include "ops/checks.h"
 #include "plan/disjoint.h"
+#include "plan/movement.h"
 #include "plan/ownership.h"
 #include "plan/relay.h"
 #include "plan/tables.h"
@@ -17,8 +19,9 @@ namespace {
 
 using torch::stable::new_empty;
 
-static_assert(sizeof(Slice) == 6 * sizeof(int) && sizeof(Range) == 2 * sizeof(int),
-              "slices and ranges are int32 table rows");
+static_assert(sizeof(Slice) == 6 * sizeof(int) && sizeof(Range) == 2 * sizeof(int) &&
+                  sizeof(plan::Move) == 5 * sizeof(int),
+              "slices, ranges and moves are int32 table rows");
 
 Tensor check_host_slices(const Tensor& slices, int64_t total_q, int64_t total_k) {
     const Tensor table = check_table(slices, 6, "slices");
@@ -48,9 +51,11 @@ plan::Grid check_grid(const std::vector<int64_t>& grid, const char* name) {
 }
 
 plan::CostModel check_cost(const std::vector<double>& cost) {
-    MAGI_CHECK(cost.size() == 6, "cost must be [cell, row, launch, exposed, traffic, slack], got ", cost.size(),
-               " numbers");
-    return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5]};
+    MAGI_CHECK(cost.size() == 10,
+               "cost must be [cell, row, launch, exposed, traffic, slack, guest, returned, guest_backward, "
+               "returned_backward], got ",
+               cost.size(), " numbers");
+    return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5], cost[6], cost[7], cost[8], cost[9]};
 }
 
 std::span<const int> check_chunks(const Tensor& chunks, const plan::Grid& grid, const char* name) {
@@ -133,15 +138,17 @@ struct PlanCall {
     std::span<const int> q_owned, k_owned;
     plan::StageCounts stages;
     plan::CostModel cost;
+    plan::Moves moves;
 
     plan::Tables tables(int rank) const {
-        return plan::make_tables(span_of(slices), q, q_owned, k, k_owned, rank, stages, cost);
+        return plan::make_tables(span_of(slices), moves, q, q_owned, k, k_owned, rank, stages, cost);
     }
 };
 
 PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                     const std::vector<int64_t>& q_grid, const std::vector<int64_t>& k_grid,
-                    const std::vector<int64_t>& stages, const std::vector<double>& cost) {
+                    const std::vector<int64_t>& stages, const std::vector<double>& cost,
+                    const std::optional<Tensor>& moves) {
     MAGI_CHECK(stages.size() == 2, "stages must be [forward, backward], got ", stages.size(), " numbers");
     for (const int64_t count : stages) MAGI_CHECK(1 <= count && count <= 64, "stages must be in [1, 64], got ", count);
     PlanCall call{check_grid(q_grid, "q_grid"),
@@ -152,7 +159,8 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
                   {},
                   {},
                   {static_cast<int>(stages[0]), static_cast<int>(stages[1])},
-                  check_cost(cost)};
+                  check_cost(cost),
+                  {}};
     MAGI_CHECK(call.q.world == call.k.world, "k_grid must have the world_size of q_grid, ", call.q.world, ", got ",
                call.k.world);
     call.slices = check_host_slices(slices, call.q.total, call.k.total);
@@ -160,15 +168,20 @@ PlanCall check_plan(const Tensor& slices, const Tensor& q_chunks, const Tensor& 
     call.k_chunks = check_table(k_chunks, call.k.slots, "k_chunks");
     call.q_owned = check_chunks(call.q_chunks, call.q, "q_chunks");
     call.k_owned = check_chunks(call.k_chunks, call.k, "k_chunks");
+    if (moves) {
+        const Tensor table = check_table(*moves, 5, "moves");
+        call.moves = plan::Moves({static_cast<const plan::Move*>(table.data_ptr()), static_cast<size_t>(table.size(0))},
+                                 call.q.total, call.k.total, call.q.world);
+    }
     return call;
 }
 
-// Of every rank: area, remote rows, and the rows of each stage of each pass.
+// Of every rank: area, remote rows, guest rows, returned rows, and the key rows of each stage of each pass.
 Tensor statistics_of(const Tensor& like, const std::vector<plan::RankStats>& ranks,
                      std::initializer_list<const std::vector<int64_t>*> passes) {
     std::vector<int64_t> out;
     for (size_t r = 0; r < ranks.size(); ++r) {
-        out.insert(out.end(), {ranks[r].area, ranks[r].remote});
+        out.insert(out.end(), {ranks[r].area, ranks[r].remote, ranks[r].guests, ranks[r].returned});
         for (const std::vector<int64_t>* rows : passes) {
             const auto stages = static_cast<std::ptrdiff_t>(rows->size() / ranks.size());
             const auto first = rows->begin() + static_cast<std::ptrdiff_t>(r) * stages;
@@ -179,25 +192,41 @@ Tensor statistics_of(const Tensor& like, const std::vector<plan::RankStats>& ran
     return longs_of(like, out, {world, static_cast<int64_t>(out.size()) / world});
 }
 
-// q_ranges, k_ranges, slices, statistics [world, 2 + all stages] (area, remote rows, rows of each stage); then for each
-// stage, those of the forward first, slices, send_ranges, splits [2, world], recv_rows [n, 0], send_rows [n, 0].
+// Rectangles that are computed away from the owner of their rows because that is faster: int32 [n, 5], q0 q1 k0 k1
+// rank.
+Tensor plan_moves(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks, std::vector<int64_t> q_grid,
+                  std::vector<int64_t> k_grid, std::vector<double> cost) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, {1, 1}, cost, {});
+    return table_of(slices,
+                    plan::choose_moves(span_of(call.slices), call.q, call.q_owned, call.k, call.k_owned, call.cost));
+}
+
+// q_ranges, k_ranges, slices, statistics [world, 4 + all stages] (area, remote rows, guest rows, returned rows, rows of
+// each stage); then for each stage, those of the forward first, slices, send_ranges, splits [2, world], recv_rows [n,
+// 0], send_rows [n, 0]. With moves each stage ends with its guest_slices, and the same five tables of the guests stand
+// in front of the stages.
 std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                 std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
-                                std::vector<int64_t> stages, std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+                                std::vector<int64_t> stages, std::vector<double> cost, std::optional<Tensor> moves) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost, moves);
     const plan::Grid& q = call.q;
     MAGI_CHECK(0 <= rank && rank < q.world, "rank must be in [0, ", q.world, "), got ", rank);
     const plan::Tables tables = call.tables(static_cast<int>(rank));
     std::vector<Tensor> out = {table_of(slices, tables.q_ranges), table_of(slices, tables.k_ranges),
                                table_of(slices, tables.slices),
                                statistics_of(slices, tables.ranks, {&tables.forward.rows, &tables.backward.rows})};
+    const auto push = [&](const std::vector<Slice>& part, const plan::Transfer& transfer) {
+        out.push_back(table_of(slices, part));
+        out.push_back(table_of(slices, transfer.send));
+        out.push_back(longs_of(slices, transfer.splits, {2, q.world}));
+        out.push_back(new_empty(slices, {transfer.num_recv(), 0}, ScalarType::Int));
+        out.push_back(new_empty(slices, {transfer.num_send(), 0}, ScalarType::Int));
+    };
+    if (moves) push(tables.guest_slices, tables.guests);
     for (const plan::Schedule* pass : {&tables.forward, &tables.backward}) {
         for (const plan::StageTables& stage : pass->stages) {
-            out.push_back(table_of(slices, stage.slices));
-            out.push_back(table_of(slices, stage.send));
-            out.push_back(longs_of(slices, stage.splits, {2, q.world}));
-            out.push_back(new_empty(slices, {stage.num_recv(), 0}, ScalarType::Int));
-            out.push_back(new_empty(slices, {stage.num_send(), 0}, ScalarType::Int));
+            push(stage.slices, stage);
+            if (moves) out.push_back(table_of(slices, stage.guest_slices));
         }
     }
     return out;
@@ -209,7 +238,7 @@ std::vector<Tensor> plan_tables(const Tensor& slices, const Tensor& q_chunks, co
 std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, int64_t rank,
                                int64_t node_size, std::vector<int64_t> stages, std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost, {});
     const int64_t world = call.q.world;
     MAGI_CHECK(0 <= rank && rank < world, "rank must be in [0, ", world, "), got ", rank);
     MAGI_CHECK(1 <= node_size && world % node_size == 0, "node_size must divide the world size ", world, ", got ",
@@ -237,40 +266,51 @@ std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, con
     return out;
 }
 
-// What every rank's tables say together, of one pass: rows from source to destination in each stage, int64 [stages,
-// world, world]; allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages];
-// number of slices likewise.
+// What every rank's tables say together, of one pass: key rows from source to destination in each stage, int64 [stages,
+// world, world]; allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages],
+// guest rows with own keys in the first remote stage; number of slices likewise; the guest rows' part of the cells.
 std::vector<Tensor> survey_pass(const Tensor& like, const std::vector<plan::Tables>& ranks,
                                 plan::Schedule plan::Tables::*pass) {
     const auto world = static_cast<int64_t>(ranks.size()),
-               stages = static_cast<int64_t>((ranks[0].*pass).stages.size());
-    std::vector<int64_t> rows(stages * world * world), areas, pieces;
-    const auto add = [&](const std::vector<Slice>& part) {
-        areas.push_back(std::accumulate(part.begin(), part.end(), int64_t{0},
-                                        [](int64_t sum, const Slice& s) { return sum + area(s); }));
-        pieces.push_back(static_cast<int64_t>(part.size()));
+               stages = static_cast<int64_t>((ranks[0].*pass).stages.size()), steps = 1 + stages;
+    std::vector<int64_t> rows(stages * world * world);
+    std::vector<int64_t> areas(world * steps), pieces(world * steps), guest_areas(world * steps);
+    const auto add = [&](int64_t at, const std::vector<Slice>& part, bool guests) {
+        const int64_t sum = std::accumulate(part.begin(), part.end(), int64_t{0},
+                                            [](int64_t total, const Slice& s) { return total + area(s); });
+        areas[at] += sum;
+        pieces[at] += static_cast<int64_t>(part.size());
+        if (guests) guest_areas[at] += sum;
     };
     for (int64_t r = 0; r < world; ++r) {
-        add(ranks[r].slices);
+        add(r * steps, ranks[r].slices, false);
+        add(r * steps + 1, ranks[r].guest_slices, true);
         for (int64_t s = 0; s < stages; ++s) {
             const plan::StageTables& stage = (ranks[r].*pass).stages[s];
-            add(stage.slices);
+            add(r * steps + 1 + s, stage.slices, false);
+            add(r * steps + 1 + s, stage.guest_slices, true);
             std::copy_n(stage.splits.begin(), world, rows.begin() + (s * world + r) * world);
         }
     }
-    return {longs_of(like, rows, {stages, world, world}), longs_of(like, areas, {world, 1 + stages}),
-            longs_of(like, pieces, {world, 1 + stages})};
+    return {longs_of(like, rows, {stages, world, world}), longs_of(like, areas, {world, steps}),
+            longs_of(like, pieces, {world, steps}), longs_of(like, guest_areas, {world, steps})};
 }
 
-// Rows, areas and pieces of the forward, then of the backward.
+// Rows, areas, pieces and guest areas of the forward, then of the backward; then the query rows of each rank that visit
+// each other one, int64 [world, world].
 std::vector<Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                   std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, std::vector<int64_t> stages,
-                                  std::vector<double> cost) {
-    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost);
+                                  std::vector<double> cost, std::optional<Tensor> moves) {
+    const PlanCall call = check_plan(slices, q_chunks, k_chunks, q_grid, k_grid, stages, cost, moves);
+    const int64_t world = call.q.world;
     std::vector<plan::Tables> ranks;
     for (int r = 0; r < call.q.world; ++r) ranks.push_back(call.tables(r));
     std::vector<Tensor> out = survey_pass(slices, ranks, &plan::Tables::forward);
     for (const Tensor& table : survey_pass(slices, ranks, &plan::Tables::backward)) out.push_back(table);
+    std::vector<int64_t> visits;
+    for (const plan::Tables& of : ranks)
+        visits.insert(visits.end(), of.guests.splits.begin(), of.guests.splits.begin() + world);
+    out.push_back(longs_of(slices, visits, {world, world}));
     return out;
 }
 
@@ -284,15 +324,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def(
         "plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
     m.def(
+        "plan_moves(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, float[] cost) -> "
+        "Tensor");
+    m.def(
         "plan_tables(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int[] "
-        "stages, float[] cost) "
-        "-> Tensor[]");
+        "stages, float[] cost, Tensor? moves=None) -> Tensor[]");
     m.def(
         "plan_relay(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int rank, int "
         "node_size, int[] stages, float[] cost) -> Tensor[]");
     m.def(
         "plan_overview(Tensor slices, Tensor q_chunks, Tensor k_chunks, int[] q_grid, int[] k_grid, int[] stages, "
-        "float[] cost) -> Tensor[]");
+        "float[] cost, Tensor? moves=None) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
@@ -300,6 +342,7 @@ STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("slices_overlap", TORCH_BOX(&magi::slices_overlap));
     m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
     m.impl("plan_key_ownership", TORCH_BOX(&magi::plan_key_ownership));
+    m.impl("plan_moves", TORCH_BOX(&magi::plan_moves));
     m.impl("plan_tables", TORCH_BOX(&magi::plan_tables));
     m.impl("plan_relay", TORCH_BOX(&magi::plan_relay));
     m.impl("plan_overview", TORCH_BOX(&magi::plan_overview));

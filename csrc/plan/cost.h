@@ -14,6 +14,8 @@ enum class Pass { kForward, kBackward };
 // back to.
 constexpr double kBackwardCompute = 2.5, kGradientRow = 2;
 
+constexpr int kTile = 128;  // rows and keys of a kernel's tile
+
 // Predicted seconds of a forward pass; only their ratios decide.
 struct CostModel {
     double cell;     // per allowed cell, all heads
@@ -22,10 +24,12 @@ struct CostModel {
     double exposed;  // share of the shorter one of compute and communication that is not hidden behind the longer one
     double traffic;  // worth of a second of communication that hides: it still takes bandwidth and power from others
     double slack;    // share of the mean step time by which a rank may exceed it before traffic is spent to relieve it
+    // Query rows that visit another rank: per row received there, per partial result that its owner receives.
+    double guest = 0, returned = 0, guest_backward = 0, returned_backward = 0;
 
     // A step of one rank before its stages are known. The step of all takes as long as its slowest rank.
-    double rank_time(double area, double rows) const {
-        const double compute = cell * area, transfer = row * rows;
+    double rank_time(double area, double rows) const { return step_time(cell * area, row * rows); }
+    double step_time(double compute, double transfer) const {
         return compute > transfer ? compute + exposed * transfer : transfer + exposed * compute;
     }
 

@@ -53,57 +53,64 @@ void simplify(std::vector<Slice>& slices) {
 
 }  // namespace
 
-RunsByRank::RunsByRank(const Runs& runs, int world) : offset_(world + 1, 0), ranges_(runs.runs.size()) {
-    for (const Run& run : runs.runs) ++offset_[run.rank + 1];
+RangesByRank::RangesByRank(std::span<const Entry> entries, int world) : offset_(world + 1, 0), ranges_(entries.size()) {
+    for (const Entry& entry : entries) ++offset_[entry.rank + 1];
     std::partial_sum(offset_.begin(), offset_.end(), offset_.begin());
     std::vector<int> cursor(offset_);
-    for (const Run& run : runs.runs) ranges_[cursor[run.rank]++] = {run.begin, run.end};
+    for (const Entry& entry : entries) ranges_[cursor[entry.rank]++] = entry.range;
+    int kept = 0;
+    for (int r = 0; r < world; ++r) {
+        const int begin = offset_[r], end = offset_[r + 1];
+        const int merged = merge_ranges(std::span(ranges_).subspan(begin, end - begin));
+        std::copy_n(ranges_.begin() + begin, merged, ranges_.begin() + kept);
+        offset_[r] = kept;
+        kept += merged;
+    }
+    offset_[world] = kept;
+    ranges_.resize(kept);
 }
 
-Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
-    Needs out{std::vector<int>(grid.world + 1, 0),
-              {},
-              std::vector<int64_t>(grid.world, 0),
-              std::vector<int64_t>(grid.world, 0),
-              {}};
-    const RunsByRank owned(k_runs, grid.world);
-    std::vector<std::pair<int, Range>> found;  // in slice order
-    found.reserve(slices.size() + q_runs.runs.size());
+RangesByRank owned_by_rank(const Runs& runs, int world) {
+    std::vector<RangesByRank::Entry> entries;
+    entries.reserve(runs.runs.size());
+    for (const Run& run : runs.runs) entries.push_back({run.rank, {run.begin, run.end}});
+    return {entries, world};
+}
+
+Needs needs_of(Slices slices, const Moves& moves, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank) {
+    const RangesByRank owned = owned_by_rank(k_runs, grid.world);
+    std::vector<int64_t> areas(grid.world, 0), own_areas(grid.world, 0);
+    std::vector<Slice> pieces, guest_pieces;
+    std::vector<RangesByRank::Entry> keys_found, guests_found;  // in slice order
+    keys_found.reserve(slices.size() + q_runs.runs.size());
     for (const Slice& s : slices) {
         if (s.q0 >= s.q1 || s.k0 >= s.k1 || s.lo > s.hi) continue;
         for (int i = q_runs.first_reaching(s.q0);
              i < static_cast<int>(q_runs.runs.size()) && q_runs.runs[i].begin < s.q1; ++i) {
             const Run& run = q_runs.runs[i];
-            const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
-            const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
-            if (keys.begin >= keys.end) continue;
-            out.area[run.rank] += area(piece);
-            const std::span<const Range> own = owned.of(run.rank);
-            auto home =
-                std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
-            for (; home != own.end() && home->begin < keys.end; ++home) {
-                out.own[run.rank] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
-            }
-            found.emplace_back(run.rank, keys);
-            ++out.offset[run.rank + 1];
-            if (run.rank == rank) out.pieces.push_back(shift(piece, run.local - run.begin, 0));
+            moves.split(crop(s, run.begin, run.end, s.k0, s.k1), run.rank, [&](const Slice& piece, int computer) {
+                const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+                if (keys.begin >= keys.end) return;
+                areas[computer] += area(piece);
+                keys_found.push_back({computer, keys});
+                if (computer != run.rank) {
+                    const Range rows = rows_of_keys(piece, piece.k0, piece.k1);
+                    guests_found.push_back({computer, rows});
+                    if (computer == rank) guest_pieces.push_back(piece);
+                    return;
+                }
+                if (computer == rank) pieces.push_back(shift(piece, run.local - run.begin, 0));
+                const std::span<const Range> own = owned.of(computer);
+                auto home =
+                    std::partition_point(own.begin(), own.end(), [&](const Range& r) { return r.end <= keys.begin; });
+                for (; home != own.end() && home->begin < keys.end; ++home) {
+                    own_areas[computer] += area(crop(piece, piece.q0, piece.q1, home->begin, home->end));
+                }
+            });
         }
     }
-    std::partial_sum(out.offset.begin(), out.offset.end(), out.offset.begin());
-    std::vector<int> cursor(out.offset);
-    out.ranges.resize(found.size());
-    for (const auto& [owner, keys] : found) out.ranges[cursor[owner]++] = keys;
-    int kept = 0;
-    for (int r = 0; r < grid.world; ++r) {
-        const int begin = out.offset[r], end = out.offset[r + 1];
-        const int merged = merge_ranges(std::span(out.ranges).subspan(begin, end - begin));
-        std::copy_n(out.ranges.begin() + begin, merged, out.ranges.begin() + kept);
-        out.offset[r] = kept;
-        kept += merged;
-    }
-    out.offset[grid.world] = kept;
-    out.ranges.resize(kept);
-    return out;
+    return {{keys_found, grid.world}, {guests_found, grid.world}, std::move(areas),
+            std::move(own_areas),     std::move(pieces),          std::move(guest_pieces)};
 }
 
 std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments,
@@ -122,6 +129,15 @@ std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<c
     }
     for (std::vector<Slice>& slices : buffers) simplify(slices);
     return buffers;
+}
+
+std::vector<Slice> place_rows(std::span<const Slice> pieces, std::span<const Segment> segments) {
+    std::vector<Slice> turned;
+    turned.reserve(pieces.size());
+    for (const Slice& piece : pieces) turned.push_back(transpose(piece));
+    std::vector<Slice> placed = std::move(place(turned, segments, 1)[0]);
+    for (Slice& slice : placed) slice = transpose(slice);
+    return placed;
 }
 
 void divide(Pass pass, int64_t remote, int64_t own_area, int64_t remote_area, const CostModel& cost,

@@ -4,13 +4,18 @@
 
 #include "plan/cost.h"
 #include "plan/grid.h"
+#include "plan/moves.h"
 
 namespace magi::plan {
 
-// The row ranges of every rank, ascending.
-class RunsByRank {
+// Ranges of every rank, ascending and disjoint, in one flat table.
+class RangesByRank {
   public:
-    RunsByRank(const Runs& runs, int world);
+    struct Entry {
+        int rank;
+        Range range;
+    };
+    RangesByRank(std::span<const Entry> entries, int world);
     std::span<const Range> of(int rank) const {
         return {ranges_.data() + offset_[rank], ranges_.data() + offset_[rank + 1]};
     }
@@ -20,20 +25,20 @@ class RunsByRank {
     std::vector<Range> ranges_;
 };
 
-// Needed key ranges of every rank, merged, in one flat table; and the pieces of the mask that one rank computes.
-struct Needs {
-    std::vector<int> offset;  // [world + 1]
-    std::vector<Range> ranges;
-    std::vector<int64_t> area;  // [world]
-    std::vector<int64_t> own;   // [world] the part of it that needs only own keys
-    std::vector<Slice> pieces;  // of the one rank: local query rows x global keys
+// The rows that every rank owns.
+RangesByRank owned_by_rank(const Runs& runs, int world);
 
-    std::span<const Range> of(int rank) const {
-        return {ranges.data() + offset[rank], ranges.data() + offset[rank + 1]};
-    }
+// What every rank computes with, and the pieces of the mask that one rank computes.
+struct Needs {
+    RangesByRank keys;                // key rows
+    RangesByRank guests;              // query rows that others own
+    std::vector<int64_t> area;        // [world]
+    std::vector<int64_t> own;         // [world] the part of it that needs only own rows and keys
+    std::vector<Slice> pieces;        // of the one rank: local query rows x global keys
+    std::vector<Slice> guest_pieces;  // of the one rank: global query rows of others x global keys
 };
 
-Needs needs_of(Slices slices, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank);
+Needs needs_of(Slices slices, const Moves& moves, const Grid& grid, const Runs& q_runs, const Runs& k_runs, int rank);
 
 // Global key rows that sit together in one key buffer.
 struct Segment {
@@ -43,6 +48,9 @@ struct Segment {
 // What of the pieces lies in each key buffer. `segments` ascend.
 std::vector<std::vector<Slice>> place(std::span<const Slice> pieces, std::span<const Segment> segments,
                                       int num_buffers);
+
+// The same for query rows: the pieces with their rows where the segments put them.
+std::vector<Slice> place_rows(std::span<const Slice> pieces, std::span<const Segment> segments);
 
 // Where each stage of a receiver ends, counted in its remote rows: of a few geometric series (which grow, shrink, or
 // rise and fall) the one by which the pass would take the shortest, were every row as much work as any other.

@@ -179,7 +179,7 @@ RelaySchedule make_pass(Pass pass, int num_stages, const Network& net) {
         const std::vector<Cargo>& from_outside = entering[net.node_of(receiver)];
         std::vector<Cargo> cargo;
         std::vector<int64_t> far_rows(num_stages, 0);
-        for (const Range& need : net.needs.of(receiver)) {
+        for (const Range& need : net.needs.keys.of(receiver)) {
             auto piece = std::partition_point(from_outside.begin(), from_outside.end(),
                                               [&](const Cargo& c) { return c.end <= need.begin; });
             for (; piece != from_outside.end() && piece->begin < need.end; ++piece) {
@@ -225,21 +225,21 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
                               const CostModel& cost) {
     const int world = q_grid.world;
     const Runs q_runs = runs_of(q_grid, q_chunks), k_runs = runs_of(k_grid, k_chunks);
-    const Needs needs = needs_of(slices, q_grid, q_runs, k_runs, rank);
+    const Needs needs = needs_of(slices, Moves(), q_grid, q_runs, k_runs, rank);
 
     RelayTables out;
     const auto ranges_of = [](std::span<const Range> ranges) {
         return std::vector<Range>(ranges.begin(), ranges.end());
     };
-    out.q_ranges = ranges_of(RunsByRank(q_runs, world).of(rank));
-    out.k_ranges = ranges_of(RunsByRank(k_runs, world).of(rank));
+    out.q_ranges = ranges_of(owned_by_rank(q_runs, world).of(rank));
+    out.k_ranges = ranges_of(owned_by_rank(k_runs, world).of(rank));
 
     Network net{k_runs, needs, cost, rank, world, node_size, k_grid.slots * k_grid.chunk, {}, {}};
     net.near.resize(world);
     std::vector<Segment> own;
     for (int receiver = 0; receiver < world; ++receiver) {
         int64_t remote = 0;
-        for_each_owned(needs.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
+        for_each_owned(needs.keys.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
             if (run.rank != receiver) remote += end - begin;
             if (run.rank != receiver && net.node_of(run.rank) == net.node_of(receiver)) {
                 net.near[receiver].push_back({begin, end, run.rank, 0});
@@ -248,13 +248,13 @@ RelayTables make_relay_tables(Slices slices, const Grid& q_grid, std::span<const
                 own.push_back({begin, end, rank, 0, run.local + begin - run.begin});
             }
         });
-        out.ranks.push_back({needs.area[receiver], remote});
+        out.ranks.push_back({needs.area[receiver], remote, 0, 0});
     }
     net.far.resize(net.nodes());
     for (int node = 0; node < net.nodes(); ++node) {
         std::vector<Range> wanted;
         for (int r = node * node_size; r < (node + 1) * node_size; ++r) {
-            wanted.insert(wanted.end(), needs.of(r).begin(), needs.of(r).end());
+            wanted.insert(wanted.end(), needs.keys.of(r).begin(), needs.keys.of(r).end());
         }
         wanted.resize(merge_ranges(wanted));
         for_each_owned(wanted, k_runs, [&](int begin, int end, const Run& run) {

@@ -7,14 +7,39 @@
 
 namespace magi::plan {
 
-int64_t StageTables::num_send() const {
+int64_t Transfer::num_send() const {
     return std::accumulate(splits.begin(), splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2), int64_t{0});
 }
-int64_t StageTables::num_recv() const {
+int64_t Transfer::num_recv() const {
     return std::accumulate(splits.begin() + static_cast<std::ptrdiff_t>(splits.size() / 2), splits.end(), int64_t{0});
 }
 
 namespace {
+
+// Takes note of the next rows that travel from a rank to another one, as one of the two sees it.
+void append(Transfer& transfer, int rank, int world, int source, int receiver, Range local) {
+    const int rows = local.end - local.begin;
+    if (source == rank) {
+        transfer.splits[receiver] += rows;
+        if (!transfer.send.empty() && transfer.send.back().end == local.begin) {
+            transfer.send.back().end = local.end;
+        } else {
+            transfer.send.push_back(local);
+        }
+    }
+    if (receiver == rank) transfer.splits[world + source] += rows;
+}
+
+// Where the segments of one buffer lie: by source rank, each source's rows ascending.
+void set_offsets(std::vector<Segment>& segments, int buffer, const Transfer& transfer, int world) {
+    std::vector<int> next(world);
+    std::exclusive_scan(transfer.splits.begin() + world, transfer.splits.end(), next.begin(), 0);
+    for (Segment& segment : segments) {
+        if (segment.buffer != buffer) continue;
+        segment.offset = next[segment.source];
+        next[segment.source] += segment.end - segment.begin;
+    }
+}
 
 // Builds the stages of one pass, receiver after receiver.
 class Scheduler {
@@ -35,18 +60,9 @@ class Scheduler {
             while (piece.begin < piece.end) {
                 while (seen >= ends_[stage]) ++stage;
                 const int rows = static_cast<int>(std::min<int64_t>(ends_[stage] - seen, piece.end - piece.begin));
-                StageTables& tables = out_.stages[stage];
                 out_.rows[receiver * ends_.size() + stage] += rows;
-                if (piece.source == rank_) {
-                    tables.splits[receiver] += rows;
-                    if (!tables.send.empty() && tables.send.back().end == piece.offset) {
-                        tables.send.back().end += rows;
-                    } else {
-                        tables.send.push_back({piece.offset, piece.offset + rows});
-                    }
-                }
+                append(out_.stages[stage], rank_, world_, piece.source, receiver, {piece.offset, piece.offset + rows});
                 if (receiver == rank_) {
-                    tables.splits[world_ + piece.source] += rows;
                     segments_.push_back({piece.begin, piece.begin + rows, piece.source, stage, 0});
                 }
                 piece.begin += rows;
@@ -56,21 +72,14 @@ class Scheduler {
         }
     }
 
-    Schedule finish(std::span<const Slice> pieces) {
-        // A stage's key buffer holds the rows by source rank, each source's rows ascending.
+    // `pieces` of own rows, `guests` of the rows that visit.
+    Schedule finish(std::span<const Slice> pieces, std::span<const Slice> guests) {
         const int num_stages = static_cast<int>(out_.stages.size());
-        std::vector<std::vector<int>> free(num_stages, std::vector<int>(world_, 0));
-        for (int s = 0; s < num_stages; ++s) {
-            const std::vector<int64_t>& splits = out_.stages[s].splits;
-            std::exclusive_scan(splits.begin() + world_, splits.end(), free[s].begin(), 0);
-        }
-        for (Segment& segment : segments_) {
-            int& next = free[segment.buffer][segment.source];
-            segment.offset = next;
-            next += segment.end - segment.begin;
-        }
+        for (int s = 0; s < num_stages; ++s) set_offsets(segments_, s, out_.stages[s], world_);
         std::vector<std::vector<Slice>> placed = place(pieces, segments_, num_stages);
         for (int s = 0; s < num_stages; ++s) out_.stages[s].slices = std::move(placed[s]);
+        placed = place(guests, segments_, num_stages);
+        for (int s = 0; s < num_stages; ++s) out_.stages[s].guest_slices = std::move(placed[s]);
         return std::move(out_);
     }
 
@@ -85,19 +94,34 @@ class Scheduler {
 
 }  // namespace
 
-Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
-                   std::span<const int> k_chunks, int rank, StageCounts counts, const CostModel& cost) {
+Tables make_tables(Slices slices, const Moves& moves, const Grid& q_grid, std::span<const int> q_chunks,
+                   const Grid& k_grid, std::span<const int> k_chunks, int rank, StageCounts counts,
+                   const CostModel& cost) {
     const int world = q_grid.world;
     const Runs q_runs = runs_of(q_grid, q_chunks), k_runs = runs_of(k_grid, k_chunks);
-    const Needs needs = needs_of(slices, q_grid, q_runs, k_runs, rank);
+    const Needs needs = needs_of(slices, moves, q_grid, q_runs, k_runs, rank);
 
     Tables out;
     const auto ranges_of = [](std::span<const Range> ranges) {
         return std::vector<Range>(ranges.begin(), ranges.end());
     };
-    out.q_ranges = ranges_of(RunsByRank(q_runs, world).of(rank));
-    out.k_ranges = ranges_of(RunsByRank(k_runs, world).of(rank));
+    out.q_ranges = ranges_of(owned_by_rank(q_runs, world).of(rank));
+    out.k_ranges = ranges_of(owned_by_rank(k_runs, world).of(rank));
     out.ranks.resize(world);
+
+    out.guests.splits.assign(2 * static_cast<size_t>(world), 0);
+    std::vector<Segment> visits;
+    for (int receiver = 0; receiver < world; ++receiver) {
+        for_each_owned(needs.guests.of(receiver), q_runs, [&](int begin, int end, const Run& run) {
+            const int first = run.local + begin - run.begin;
+            append(out.guests, rank, world, run.rank, receiver, {first, first + end - begin});
+            out.ranks[receiver].guests += end - begin;
+            out.ranks[run.rank].returned += end - begin;
+            if (receiver == rank) visits.push_back({begin, end, run.rank, 0, 0});
+        });
+    }
+    set_offsets(visits, 0, out.guests, world);
+    const std::vector<Slice> guests = place_rows(needs.guest_pieces, visits);
 
     Scheduler forward(Pass::kForward, counts.forward, world, rank, cost);
     Scheduler backward(Pass::kBackward, counts.backward, world, rank, cost);
@@ -105,7 +129,7 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
     for (int receiver = 0; receiver < world; ++receiver) {
         arriving.clear();
         int64_t remote = 0;
-        for_each_owned(needs.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
+        for_each_owned(needs.keys.of(receiver), k_runs, [&](int begin, int end, const Run& run) {
             if (run.rank != receiver) {
                 remote += end - begin;
                 arriving.push_back({begin, end, run.rank, 0, run.local + begin - run.begin});
@@ -113,13 +137,15 @@ Tables make_tables(Slices slices, const Grid& q_grid, std::span<const int> q_chu
                 own.push_back({begin, end, run.rank, 0, run.local + begin - run.begin});
             }
         });
-        out.ranks[receiver] = {needs.area[receiver], remote};
+        out.ranks[receiver].area = needs.area[receiver];
+        out.ranks[receiver].remote = remote;
         forward.add(receiver, arriving, remote, needs);
         backward.add(receiver, arriving, remote, needs);
     }
     out.slices = std::move(place(needs.pieces, own, 1)[0]);
-    out.forward = forward.finish(needs.pieces);
-    out.backward = backward.finish(needs.pieces);
+    out.guest_slices = std::move(place(guests, own, 1)[0]);
+    out.forward = forward.finish(needs.pieces, guests);
+    out.backward = backward.finish(needs.pieces, guests);
     return out;
 }
 

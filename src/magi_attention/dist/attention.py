@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce, wait
 from magi_attention.dist.dispatch import check_group, check_rows
+from magi_attention.dist.guests import AttendWithGuests
 from magi_attention.dist.tensor_parallel import heads_local
 from magi_attention.ops import accumulation_dtype, sink_gradient
 from magi_attention.plan import Hop, Plan, Stage
@@ -297,6 +298,9 @@ def attend(
         return heads_local(attend_local, q, k, v, sink, groups)
     _check(q, k, v, sink, plan, mesh)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    return _Attend.apply(
-        q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, groups, scale, softcap, deterministic
-    )
+    options = (scale, softcap, deterministic)
+    if plan.guests is not None:
+        return AttendWithGuests.apply(
+            q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, plan.guests, groups[0], *options
+        )
+    return _Attend.apply(q, k, v, sink, plan.slices, plan.stages, plan.backward_stages, groups, *options)

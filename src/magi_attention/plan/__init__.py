@@ -5,13 +5,15 @@ dataloader worker. The arithmetic is in csrc/plan.
 """
 
 from magi_attention.plan.build import PlanCache, build_plan, build_plans
-from magi_attention.plan.config import H200_INFINIBAND, H200_NVLINK, HardwareProfile, PlanConfig
+from magi_attention.plan.config import H200_INFINIBAND, H200_NVLINK, CostModel, HardwareProfile, PlanConfig
 from magi_attention.plan.overview import Overview, choose_stages, survey
-from magi_attention.plan.tables import Hop, Layout, Plan, Stage
+from magi_attention.plan.tables import Guests, Hop, Layout, Plan, Stage
 
 __all__ = [
     "H200_INFINIBAND",
     "H200_NVLINK",
+    "CostModel",
+    "Guests",
     "HardwareProfile",
     "Hop",
     "Layout",

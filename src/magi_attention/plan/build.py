@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magi_attention import ops  # noqa: F401  (loads the library that holds the planner)
 from magi_attention.plan.config import PlanConfig
-from magi_attention.plan.tables import Layout, Plan, Stage
+from magi_attention.plan.tables import Guests, Layout, Plan, Stage
 
 
 class MaskLike(Protocol):
@@ -55,6 +55,7 @@ class PlanArguments:
     q_chunks: Tensor
     k_chunks: Tensor
     config: PlanConfig
+    moves: Tensor | None = None  # int32 [n, 5] q0 q1 k0 k1 rank: what is computed away from the owner of its rows
 
     @property
     def tables(self) -> tuple[object, ...]:
@@ -69,6 +70,7 @@ def plan_arguments(
     rank: int,
     config: PlanConfig | None,
     layout_of: Plan | None,
+    moves: Tensor | None = None,
 ) -> list[PlanArguments]:
     """Checks what `build_plan` was given, and decides who owns which rows. ValueError names what is wrong."""
     config = PlanConfig() if config is None else config
@@ -109,7 +111,18 @@ def plan_arguments(
         if total_q != total_k:
             k_chunks = torch.ops.magi.plan_key_ownership(slices_of, list(weights), q_chunks, q_grid, k_grid)
         owned = q_grid, k_grid, q_chunks, k_chunks
-    return [PlanArguments(mask.slices, *owned, config) for mask in masks]
+    calls = [PlanArguments(mask.slices, *owned, config) for mask in masks]
+    if config.movement == "keys":
+        if moves is not None:
+            raise ValueError("moves need a config with movement 'auto', got 'keys'")
+        return calls
+    if moves is None:
+        return [replace(call, moves=torch.ops.magi.plan_moves(*call.tables, config.costs())) for call in calls]
+    if moves.dtype != torch.int32 or moves.dim() != 2 or moves.shape[1] != 5 or moves.device.type != "cpu":
+        raise ValueError(
+            f"moves must be int32 [n, 5] on the CPU, got {moves.dtype} {list(moves.shape)} on {moves.device}"
+        )
+    return [replace(call, moves=moves) for call in calls]
 
 
 def build_plan(
@@ -119,6 +132,7 @@ def build_plan(
     rank: int,
     config: PlanConfig | None = None,
     layout_of: Plan | None = None,
+    moves: Tensor | None = None,
 ) -> Plan:
     """The plan of one rank for one mask. Needs no GPU and no process group; all ranks agree without talking.
 
@@ -131,6 +145,8 @@ def build_plan(
         config: see `PlanConfig`.
         layout_of: a plan whose layouts this one takes over, so that both serve the same dispatched rows (a model whose
             layers have different masks); by default the layouts are chosen for this mask. See also `build_plans`.
+        moves: int32 [n, 5] on the CPU, disjoint rectangles `q0 q1 k0 k1 rank`, the same on every rank: their cells are
+            computed by that rank. With `config.movement` "auto" only; by default they are chosen by cost.
 
     Raises:
         ValueError: names the argument that is wrong, before anything is planned.
@@ -140,7 +156,7 @@ def build_plan(
         >>> plan.q_layout.rows, round(plan.imbalance, 3)
         (1024, 1.0)
     """
-    return _plan(plan_arguments([mask], [1.0], world_size, rank, config, layout_of)[0], rank, layout_of)
+    return _plan(plan_arguments([mask], [1.0], world_size, rank, config, layout_of, moves)[0], rank, layout_of)
 
 
 def build_plans(
@@ -177,7 +193,7 @@ def build_plans(
 def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
     config = call.config
     if config.node_size is None:
-        out = torch.ops.magi.plan_tables(*call.tables, rank, config.stage_counts, config.costs())
+        out = torch.ops.magi.plan_tables(*call.tables, rank, config.stage_counts, config.costs(), call.moves)
     else:
         out = torch.ops.magi.plan_relay(*call.tables, rank, config.node_size, config.stage_counts, config.costs())
     if layout_of is not None and layout_of.rank == rank:
@@ -185,15 +201,18 @@ def _plan(call: PlanArguments, rank: int, layout_of: Plan | None) -> Plan:
     else:
         q_layout = _layout(call.q_grid, call.q_chunks, out[0], rank)
         k_layout = q_layout if call.k_chunks is call.q_chunks else _layout(call.k_grid, call.k_chunks, out[1], rank)
-    return Plan(q_layout, k_layout, out[2], *stages_of(out[4:], config), config, out[3])
+    guests, rest = (None, out[4:]) if call.moves is None else (Guests(*out[4:9]), out[9:])
+    return Plan(q_layout, k_layout, out[2], *stages_of(rest, config), config, out[3], guests)
 
 
 def stages_of(tables: list[Tensor], config: PlanConfig) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
     """Stages of the forward and of the backward."""
-    width = 5 if config.node_size is None else 9
+    width = len(tables) // sum(config.stage_counts)
     rows = [tables[i : i + width] for i in range(0, len(tables), width)]
 
     def stages(rows: list[list[Tensor]]) -> tuple[Stage, ...]:
+        if config.movement != "keys":
+            return tuple(Stage(row[0], row[1], row[2], row[3], row[4], guest_slices=row[5]) for row in rows)
         # Of several stages nothing of the first one comes from other nodes.
         return tuple(Stage(*(row if i > 0 or len(rows) == 1 else row[:5])) for i, row in enumerate(rows))
 

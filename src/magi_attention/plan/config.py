@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class PlanConfig:
         heads: query heads and key/value heads of the model; with `head_dim` and `profile` they weigh compute
             against communication.
         head_dim: width of a head.
+        movement: "keys" or "auto". With "keys" a row is computed where it lives and keys travel to it. With "auto"
+            query rows may travel too, as guests of other ranks, and their partial results come back, where the cost
+            model finds that shorter: without grouped heads on many ranks, or where few rows see many keys. It is part
+            of the compiled graph, and adds two launches to the forward pass and three to the backward even to masks
+            for which nothing but keys moves.
         slack: share of the mean step time by which a rank may exceed it before more rows are moved to relieve it.
         profile: what the hardware can do.
     """
@@ -71,6 +76,7 @@ class PlanConfig:
     node_size: int | None = None
     heads: tuple[int, int] = (32, 8)
     head_dim: int = 128
+    movement: Literal["keys", "auto"] = "keys"
     slack: float = 0.01
     profile: HardwareProfile = field(default_factory=HardwareProfile)
 
@@ -82,12 +88,16 @@ class PlanConfig:
         for name, count in zip(("stages", "backward_stages"), self.stage_counts):
             if not 1 <= count <= 64:
                 raise ValueError(f"{name} must be between 1 and 64, got {count}")
+        if self.movement != "keys" and self.node_size is not None:
+            raise ValueError(f"movement must be 'keys' with a node_size: over nodes rows stay, got {self.movement!r}")
         if self.node_size is not None and self.node_size < 1:
             raise ValueError(f"node_size must be at least 1, got {self.node_size}")
         if len(self.heads) != 2 or min(self.heads) < 1:
             raise ValueError(f"heads must be at least one query head and one key/value head, got {self.heads}")
         if self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
+        if self.movement not in ("keys", "auto"):
+            raise ValueError(f"movement must be 'keys' or 'auto', got {self.movement!r}")
         if not self.slack >= 0:
             raise ValueError(f"slack must be at least 0, got {self.slack}")
 
@@ -109,17 +119,49 @@ class PlanConfig:
             return max(1, -(-rows // 16))
         return min(max(rows // 64 // _TILE, 1), 4) * _TILE
 
+    def cost_model(self) -> CostModel:
+        """What the planner weighs against each other."""
+        (heads, kv_heads), bandwidth = self.heads, self.profile.bandwidth
+        return CostModel(
+            cell=4 * heads * self.head_dim / self.profile.flops,
+            row=4 * kv_heads * self.head_dim / bandwidth,
+            launch=self.profile.launch,
+            exposed=self.profile.exposed,
+            traffic=self.profile.traffic,
+            slack=self.slack,
+            guest=2 * heads * self.head_dim / bandwidth,
+            returned=4 * heads * (self.head_dim + 1) / bandwidth,
+            guest_backward=4 * heads * (self.head_dim + 2) / bandwidth,
+            returned_backward=4 * heads * self.head_dim / bandwidth,
+        )
+
     def costs(self) -> list[float]:
-        """What the core's cost model takes: seconds of one allowed cell, of one received key row (forward pass, 16-bit
-        keys and values) and of a launch; exposed share, traffic share, slack."""
-        return [
-            4 * self.heads[0] * self.head_dim / self.profile.flops,
-            4 * self.heads[1] * self.head_dim / self.profile.bandwidth,
-            self.profile.launch,
-            self.profile.exposed,
-            self.profile.traffic,
-            self.slack,
-        ]
+        """The cost model as the planner's core takes it."""
+        return list(self.cost_model())
+
+
+class CostModel(NamedTuple):
+    """Seconds of a forward pass, for 16-bit queries, keys and values and 32-bit partial results; csrc/plan/cost.h.
+
+    Attributes:
+        cell: of one allowed cell, all heads.
+        row: of one received key row.
+        launch: of a collective, or a stage that computes.
+        exposed, traffic, slack: shares, as in `HardwareProfile` and `PlanConfig`.
+        guest, returned: of one received guest row, of one partial result that comes back.
+        guest_backward, returned_backward: the same in a backward pass.
+    """
+
+    cell: float
+    row: float
+    launch: float
+    exposed: float
+    traffic: float
+    slack: float
+    guest: float
+    returned: float
+    guest_backward: float
+    returned_backward: float
 
 
 _TILE = 128  # rows of a kernel's query tile: chunks of whole tiles leave no ragged ones

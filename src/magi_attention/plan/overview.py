@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Span(NamedTuple):
     """One activity of a rank in the predicted step. Stage 0 computes with own keys and receives nothing."""
 
-    kind: str  # "compute", "receive", or in a backward "return" (of gradients to their keys' ranks)
+    # "compute", "receive" (keys), "visit" (guest rows), "return" (of what guests found; in a backward of gradients)
+    kind: str
     stage: int
     begin: float  # seconds from the start of the step
     end: float
@@ -37,9 +38,12 @@ class Overview:
         total_q, total_k, chunk: lengths.
         rows: int64 [stages, world_size, world_size], key rows from each rank (dim 1) to each rank (dim 2); with
             `config.node_size` from the rank of the own node that hands them on, which may be the rank itself.
-        areas: int64 [world_size, 1 + stages], allowed cells that each rank computes: with own keys, then in each stage.
+        areas: int64 [world_size, 1 + stages], allowed cells that each rank computes: with own keys, then in each stage;
+            guest rows with own keys in the first stage.
         pieces: int64 [world_size, 1 + stages], slices that they take.
-        backward_rows, backward_areas, backward_pieces: the same in the stages of the backward.
+        guest_areas: int64 [world_size, 1 + stages], the part of `areas` that belongs to guest rows.
+        backward_rows, backward_areas, backward_pieces, backward_guest_areas: the same in the stages of the backward.
+        guest_rows: int64 [world_size, world_size], query rows of each rank (dim 0) that visit each other one (dim 1).
         config: as given to `build_plan`.
     """
 
@@ -50,9 +54,12 @@ class Overview:
     rows: Tensor
     areas: Tensor
     pieces: Tensor
+    guest_areas: Tensor
     backward_rows: Tensor
     backward_areas: Tensor
     backward_pieces: Tensor
+    backward_guest_areas: Tensor
+    guest_rows: Tensor
     config: PlanConfig
 
     @property
@@ -73,22 +80,41 @@ class Overview:
     @property
     def efficiency(self) -> float:
         """Mean compute over the slowest rank's step, if communication and compute overlapped perfectly."""
-        cell, row, *_ = self.config.costs()
-        compute, transfer = self.areas.sum(1) * cell, self.remote_rows * row
+        costs = self.config.cost_model()
+        compute, visits = self.areas.sum(1) * costs.cell, self.guest_rows
+        transfer = self.remote_rows * costs.row + visits.sum(0) * costs.guest + visits.sum(1) * costs.returned
         slowest = float(torch.maximum(compute, transfer).max())
         return float(compute.mean()) / slowest if slowest else 1.0
 
     def timeline(self) -> list[list[Span]]:
-        """The predicted forward pass of every rank: the next stage's rows arrive while this one's are computed with."""
-        return self._timeline(self.rows, self.areas, 1, 0)
+        """The predicted forward pass of every rank: the next stage's rows arrive while this one's are computed with.
+
+        Guest rows arrive before the first stage's keys; what they found returns beneath the last stage's own rows.
+        """
+        costs = self.config.cost_model()
+        return self._timeline(self.rows, self.areas, self.guest_areas, 1, 0, costs.guest, costs.returned)
 
     def backward_timeline(self) -> list[list[Span]]:
         """The predicted backward pass of every rank: gradients go home while the next stage computes."""
-        return self._timeline(self.backward_rows, self.backward_areas, _BACKWARD_COMPUTE, _GRADIENT_ROW)
+        costs = self.config.cost_model()
+        tables = self.backward_rows, self.backward_areas, self.backward_guest_areas
+        factors = _BACKWARD_COMPUTE, _GRADIENT_ROW
+        return self._timeline(*tables, *factors, costs.guest_backward, costs.returned_backward)
 
-    def _timeline(self, rows: Tensor, areas: Tensor, compute: float, gradient: float) -> list[list[Span]]:
-        cell, row, launch, *_ = self.config.costs()
+    def _timeline(
+        self,
+        rows: Tensor,
+        areas: Tensor,
+        guest_areas: Tensor,
+        compute: float,
+        gradient: float,
+        guest: float,
+        returned: float,
+    ) -> list[list[Span]]:
+        cell, row, launch, *_ = self.config.cost_model()
         received = rows.sum(1)
+        guests, visits = self.guest_rows.sum(0).tolist(), self.guest_rows.sum(1).tolist()
+        moves = self.config.movement != "keys"
         ranks = []
         for rank, cells in enumerate(areas.tolist()):
             arriving: list[int] = received[:, rank].tolist()
@@ -101,6 +127,15 @@ class Overview:
                 if gradient and stage >= 2:
                     end = transferred + launch + gradient * row * arriving[stage - 2]
                     spans.append(Span("return", stage - 1, transferred, end))
+                    transferred = end
+                if moves and stage == 0:
+                    end = transferred + launch + guest * guests[rank]
+                    spans.append(Span("visit", 1, transferred, end))
+                    transferred = end
+                if moves and stage + 1 == len(cells):
+                    transferred += compute * cell * int(guest_areas[rank, stage])
+                    end = transferred + launch + returned * visits[rank]
+                    spans.append(Span("return", stage, transferred, end))
                     transferred = end
                 if stage < len(arriving):
                     end = transferred + launch + row * arriving[stage]
@@ -153,23 +188,13 @@ def survey(
     """
     (call,) = plan_arguments([mask], [1.0], world_size, 0, config, layout_of)
     if call.config.node_size is None:
-        tables = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs())
+        out = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs(), call.moves)
     else:
-        tables = _survey_nodes(call, world_size, call.config.node_size)
-    rows, areas, pieces, backward_rows, backward_areas, backward_pieces = tables
-    return Overview(
-        call.q_chunks,
-        call.q_grid[0],
-        call.k_grid[0],
-        call.q_grid[1],
-        rows,
-        areas,
-        pieces,
-        backward_rows,
-        backward_areas,
-        backward_pieces,
-        call.config,
-    )
+        out = _survey_nodes(call, world_size, call.config.node_size)
+    names = "rows", "areas", "pieces", "guest_areas"
+    tables = dict(zip((*names, *(f"backward_{name}" for name in names), "guest_rows"), out))
+    total_q, chunk = call.q_grid[:2]
+    return Overview(call.q_chunks, total_q, call.k_grid[0], chunk, config=call.config, **tables)
 
 
 def _survey_nodes(call: PlanArguments, world_size: int, node_size: int) -> list[Tensor]:
@@ -188,8 +213,9 @@ def _survey_nodes(call: PlanArguments, world_size: int, node_size: int) -> list[
             for number, stage in enumerate(passes[of]):
                 rows[number, rank, node : node + node_size] = stage.splits[0]
         areas = [[int(torch.ops.magi.slices_area(part).sum()) for part in of_rank] for of_rank in parts]
-        tables += [rows, torch.tensor(areas), torch.tensor([[len(part) for part in of_rank] for of_rank in parts])]
-    return tables
+        pieces = torch.tensor([[len(part) for part in of_rank] for of_rank in parts])
+        tables += [rows, torch.tensor(areas), pieces, torch.zeros_like(pieces)]
+    return [*tables, torch.zeros(world_size, world_size, dtype=torch.int64)]
 
 
 def choose_stages(

@@ -39,9 +39,8 @@ class _Tables:
         self._mark()
 
     def _mark(self) -> None:
-        for name in self._unbacked:
-            if getattr(self, name) is not None:
-                _mark(getattr(self, name))
+        for table in self.tables:
+            _mark(table)
 
     def __getstate__(self) -> dict[str, Any]:
         # By value: a tensor would travel between processes as a shared-memory handle each, which takes longer to open
@@ -151,6 +150,7 @@ class Stage(_Tables):
         recv_rows, send_rows: int32 [n, 0], carry the two row counts as shapes.
         relay_ranges, relay_splits, relay_rows, relay_send_rows: the same of the hop between nodes, splits [2, nodes];
             None where there is none.
+        guest_slices: int32 [n, 6], guest rows x rows of the key buffer; None where query rows do not move.
     """
 
     slices: Tensor
@@ -162,6 +162,7 @@ class Stage(_Tables):
     relay_splits: Tensor | None = None
     relay_rows: Tensor | None = None
     relay_send_rows: Tensor | None = None
+    guest_slices: Tensor | None = None
 
     _unbacked = (
         "slices",
@@ -171,6 +172,7 @@ class Stage(_Tables):
         "relay_ranges",
         "relay_rows",
         "relay_send_rows",
+        "guest_slices",
     )
 
     @property
@@ -188,6 +190,28 @@ class Stage(_Tables):
 
 
 @dataclass(frozen=True, eq=False)
+class Guests(_Tables):
+    """Query rows that visit other ranks to be computed there, and whose partial results come back to their owners.
+
+    All arrive before the first remote stage, by source rank, each source's rows ascending. The same tables take their
+    outputs (and in the backward their gradients) home.
+
+    Attributes:
+        slices: int32 [n, 6], guest rows x own key rows.
+        send_ranges: int32 [m, 2], own query rows that visit others, by destination rank, ascending within.
+        splits, recv_rows, send_rows: as in `Stage`.
+    """
+
+    slices: Tensor
+    send_ranges: Tensor
+    splits: Tensor
+    recv_rows: Tensor
+    send_rows: Tensor
+
+    _unbacked = ("slices", "send_ranges", "recv_rows", "send_rows")
+
+
+@dataclass(frozen=True, eq=False)
 class Plan(_Tables):
     """All that one rank needs to know to attend its rows under one mask. A value: frozen, hashable, picklable.
 
@@ -197,8 +221,10 @@ class Plan(_Tables):
         stages: the remote stages of the forward; their number is `config.stages`.
         backward_stages: those of the backward: the same cells and rows, divided to hide its communication.
         config: as given to `build_plan`.
-        statistics: int64 [world_size, 2 + stages + backward_stages], on the CPU: of every rank the allowed cells, the
-            key rows it receives, and those of each stage.
+        statistics: int64 [world_size, 4 + stages + backward_stages], on the CPU: of every rank the allowed cells that
+            it computes, the key rows, the guest rows and the partial results of its own rows that it receives, and
+            the key rows of each stage.
+        guests: None unless `config.movement` lets query rows move.
     """
 
     q_layout: Layout
@@ -208,6 +234,7 @@ class Plan(_Tables):
     backward_stages: tuple[Stage, ...]
     config: PlanConfig
     statistics: Tensor
+    guests: Guests | None = None
 
     _unbacked = ("slices",)
 
@@ -221,7 +248,7 @@ class Plan(_Tables):
 
     @property
     def area(self) -> Tensor:
-        """int64 [world_size], allowed cells of each rank."""
+        """int64 [world_size], allowed cells that each rank computes."""
         return self.statistics[:, 0]
 
     @property
@@ -230,14 +257,24 @@ class Plan(_Tables):
         return self.statistics[:, 1]
 
     @property
+    def guest_rows(self) -> Tensor:
+        """int64 [world_size], query rows of others that each rank receives."""
+        return self.statistics[:, 2]
+
+    @property
+    def returned_rows(self) -> Tensor:
+        """int64 [world_size], partial results of its own rows that each rank receives."""
+        return self.statistics[:, 3]
+
+    @property
     def stage_rows(self) -> Tensor:
         """int64 [world_size, stages], key rows that each rank receives in each stage of the forward."""
-        return self.statistics[:, 2 : 2 + len(self.stages)]
+        return self.statistics[:, 4 : 4 + len(self.stages)]
 
     @property
     def backward_stage_rows(self) -> Tensor:
         """int64 [world_size, backward_stages], the same of the backward."""
-        return self.statistics[:, 2 + len(self.stages) :]
+        return self.statistics[:, 4 + len(self.stages) :]
 
     @property
     def imbalance(self) -> float:
@@ -250,14 +287,16 @@ class Plan(_Tables):
         device = torch.device(device)
         layouts = [self.q_layout] if self.k_layout is self.q_layout else [self.q_layout, self.k_layout]
         tables = [layout.ranges for layout in layouts] + [self.slices]
-        tables += [table for stage in (*self.stages, *self.backward_stages) for table in stage.tables]
+        moving = [*self.stages, *self.backward_stages, *([] if self.guests is None else [self.guests])]
+        tables += [table for part in moving for table in part.tables]
         moved = iter(_move(tables, device))
         new_layouts = [_replace(layout, ranges=next(moved)) for layout in layouts]
         slices = next(moved)
         forward, backward = (
             tuple(stage.with_tables(moved) for stage in stages) for stages in (self.stages, self.backward_stages)
         )
-        return Plan(new_layouts[0], new_layouts[-1], slices, forward, backward, self.config, self.statistics)
+        guests = None if self.guests is None else self.guests.with_tables(moved)
+        return Plan(new_layouts[0], new_layouts[-1], slices, forward, backward, self.config, self.statistics, guests)
 
     def draw(self, mask: MaskLike, path: str | os.PathLike[str] | None = None) -> Figure:
         """This plan's mask by owner, who sends what to whom in each stage, and the predicted timeline of every rank.
