@@ -4,10 +4,9 @@
 //
 // One thread plans visits of 64 rows, another streams their Q, dO, lse and delta by TMA, and two warps add dq to the
 // workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as
-// accumulator rows, so that P^T feeds dV from registers; dS^T goes through swizzled shared memory, where it is the A
-// operand of dK (K-major) and of dQ (MN-major; each warpgroup takes half of the columns). The products of the next
-// visit are queued behind dK of this one, so the tensor cores run while dq is stored. (The order of products follows
-// FlashAttention-3's backward, arXiv 2407.08608.)
+// accumulator rows, so that P^T feeds dV and dS^T feeds dK from registers; dS^T also goes through swizzled shared
+// memory, where it is the A operand of dQ (MN-major; each warpgroup takes half of the columns). dq is stored while dK
+// is computed. (The order of products is that of FlashAttention-3's backward, arXiv 2407.08608.)
 //
 // Deterministic variants add the visits of a block of rows in ascending key order. Work is handed out in that order by
 // a counter to blocks that already run, and a visit waits only for work handed out earlier: the earliest unfinished
@@ -232,16 +231,15 @@ __device__ void store_dq(Smem& s, int w) {
 // ---- consumers
 // ----------------------------------------------------------------------------------------------------------------------
 // p = exp2(score - lse), both in log2 units.
-__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float* lse, int column,
+__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float2 (&lse)[kScores / 4],
                                               float (&p)[kScores]) {
     const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
-        const float2 l = *reinterpret_cast<const float2*>(lse + 8 * j + column);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             float& x = p[4 * j + e];
-            const float minus = e % 2 ? l.y : l.x;
+            const float minus = e % 2 ? lse[j].y : lse[j].x;
             if (SOFTCAP)
                 x = exp2_fast(outer - __fdividef(2 * outer, exp2_fast(x * inner) + 1) - minus);  // cap * tanh(x / cap)
             else
@@ -320,7 +318,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     const int key = 64 * w + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
     float dk[kOuts], dv[kOuts], p[kScores], dp[kScores];
     float dq[kDqColumns / 2];
-    u32 a_dv[kRows / 16][4];
+    u32 a_dv[kRows / 16][4], a_dk[kRows / 16][4];
     u32 keys = smem_addr(s.k[0]) + 8192 * w;
     u32 key_columns = HEAD_DIM == 128 ? smem_addr(s.k[w * (kHalves - 1)]) : smem_addr(s.k[0]) + 64 * w;
     // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds keys + 8 (m & 1), rows + 8 (m >> 1).
@@ -343,67 +341,77 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             const int stage = visit % kStages, planned = visit % kPlanned;
             const u32 parity = visit / kStages & 1;
             asm volatile(""
-                         : "+r"(keys),
-                           "+r"(key_columns));  // descriptors are rebuilt: there are no registers to keep them
+                         : "+r"(keys), "+r"(key_columns));  // their operands are built afresh: there are no registers
             const u32 q = smem_addr(s.q[stage][0]), dout = smem_addr(s.dout[stage][0]), ds = smem_addr(s.ds[stage]);
-            barrier_wait(s.q_full[stage], parity);
-            wgmma_fence();
+            {
+                const Operand k(keys, 16, 1024), rows(q, 16, 1024);
+                barrier_wait(s.q_full[stage], parity);
+                wgmma_fence();
 #pragma unroll
-            for (int x = 0; x < HEAD_DIM / 16; ++x)
-                wgmma_ss<T, kRows, 0, 0>(p, descriptor(keys + x / 4 * sizeof(s.k[0]) + 32 * (x % 4), 16, 1024),
-                                         descriptor(q + x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4), 16, 1024), x);
-            wgmma_commit();
-            barrier_wait(s.dout_full[stage], parity);
-            wgmma_fence();
+                for (int x = 0; x < HEAD_DIM / 16; ++x)
+                    wgmma_ss<T, kRows, 0, 0>(p, k.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)),
+                                             rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)), x);
+                wgmma_commit();
+            }
+            float2 lse[kScores / 4];
 #pragma unroll
-            for (int x = 0; x < HEAD_DIM / 16; ++x)
-                wgmma_ss<T, kRows, 0, 0>(
-                    dp, descriptor(keys + sizeof(s.k) + x / 4 * sizeof(s.k[0]) + 32 * (x % 4), 16, 1024),
-                    descriptor(dout + x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4), 16, 1024), x);
-            wgmma_commit();
-            wgmma_wait<1>();  // S, and dK of the visit before
-            pin(p);
-            pin(dk);
-            if (n > 0) release(s.q_free[stage ^ 1]);
-
-            probabilities(a, s.lse[stage], column, p);
-            if (s.visit[planned].masked) mask_probabilities(s.visit[planned], key, column, p);
+            for (int j = 0; j < kScores / 4; ++j)
+                lse[j] = *reinterpret_cast<const float2*>(s.lse[stage] + 8 * j + column);
+            {
+                const Operand v(keys + sizeof(s.k), 16, 1024), rows(dout, 16, 1024);
+                barrier_wait(s.dout_full[stage], parity);
+                wgmma_fence();
 #pragma unroll
-            for (int x = 0; x < kRows / 16; ++x)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) a_dv[x][e] = pack<T>(p[8 * x + 2 * e], p[8 * x + 2 * e + 1]);
-            wgmma_fence();
-#pragma unroll
-            for (int x = 0; x < kRows / 16; ++x)
-                wgmma_rs<T, HEAD_DIM, 1>(dv, a_dv[x], descriptor(dout + 2048 * x, sizeof(s.dout[0][0]), 1024), 1);
-            wgmma_commit();
+                for (int x = 0; x < HEAD_DIM / 16; ++x)
+                    wgmma_ss<T, kRows, 0, 0>(dp, v.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)),
+                                             rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)), x);
+                wgmma_commit();
+            }
             wgmma_wait<1>();
+            pin(p);
+            probabilities(a, lse, p);
+            if (s.visit[planned].masked) mask_probabilities(s.visit[planned], key, column, p);
+            wgmma_wait<0>();
             pin(dp);
             score_gradients(a, s.delta[stage], s.lse[stage], column, p, dp);
 #pragma unroll
             for (int x = 0; x < kRows / 16; ++x) {
-                u32 b[4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) b[e] = pack<T>(dp[8 * x + 2 * e], dp[8 * x + 2 * e + 1]);
-                store_matrices(ds + ds_key * 128 + (((2 * x + ds_chunk) ^ (ds_key & 7)) << 4), b);
+                for (int e = 0; e < 4; ++e) {
+                    a_dv[x][e] = pack<T>(p[8 * x + 2 * e], p[8 * x + 2 * e + 1]);
+                    a_dk[x][e] = pack<T>(dp[8 * x + 2 * e], dp[8 * x + 2 * e + 1]);
+                }
+                store_matrices(ds + ds_key * 128 + (((2 * x + ds_chunk) ^ (ds_key & 7)) << 4), a_dk[x]);
+            }
+            {
+                const Operand rows(dout, sizeof(s.dout[0][0]), 1024);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < kRows / 16; ++x) wgmma_rs<T, HEAD_DIM, 1>(dv, a_dv[x], rows.at(2048 * x), 1);
+                wgmma_commit();
             }
             fence_async_shared();
             named_sync(kDsReady, 256);
-            wgmma_fence();
+            {
+                const Operand rows(ds, 16, 1024), k(key_columns, 16, 1024);
+                wgmma_fence();
 #pragma unroll
-            for (int x = 0; x < kKeys / 16; ++x)
-                wgmma_ss<T, kDqColumns, 1, 1>(dq, descriptor(ds + 2048 * x, 16, 1024),
-                                              descriptor(key_columns + 2048 * x, 16, 1024), x);
-            wgmma_commit();
-#pragma unroll
-            for (int x = 0; x < kRows / 16; ++x)
-                wgmma_ss<T, HEAD_DIM, 0, 1>(dk, descriptor(ds + 8192 * w + 32 * x, 16, 1024),
-                                            descriptor(q + 2048 * x, sizeof(s.q[0][0]), 1024), 1);
-            wgmma_commit();
-            wgmma_wait<1>();  // dV and dQ
-            pin(dq);
+                for (int x = 0; x < kKeys / 16; ++x)
+                    wgmma_ss<T, kDqColumns, 1, 1>(dq, rows.at(2048 * x), k.at(2048 * x), x);
+                wgmma_commit();
+            }
+            wgmma_wait<1>();
             pin(dv);
             release(s.dout_free[stage]);
+            {
+                const Operand rows(q, sizeof(s.q[0][0]), 1024);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < kRows / 16; ++x) wgmma_rs<T, HEAD_DIM, 1>(dk, a_dk[x], rows.at(2048 * x), 1);
+                wgmma_commit();
+            }
+            wgmma_wait<1>();
+            pin(dq);
 
             named_sync(kDqFree + w, 160);  // the storer has read the tile before
             const u32 to = smem_addr(s.dq[w]) + (thread / 32 * 16 + lane / 4) / 4 * (16 * kDqColumns) +
@@ -421,10 +429,10 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             }
             fence_async_shared();
             named_arrive(kDqReady + w, 160);
+            wgmma_wait<0>();
+            pin(dk);
+            release(s.q_free[stage]);
         }
-        wgmma_wait<0>();
-        pin(dk);
-        if (num_visits > 0) release(s.q_free[(visit - 1) % kStages]);
         const Item item = s.item;
         __syncwarp();
         release(s.kv_free);
