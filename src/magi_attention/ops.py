@@ -56,17 +56,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def raise_if_grad(op: torch._ops.OpOverload, instead: str) -> None:
     """Makes a raw kernel refuse inputs that require a gradient, which it would otherwise lose silently."""
+    kernel = op._op  # OpOverload.__call__ adds nothing to it
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        for name, value in [*zip((a.name for a in op._schema.arguments), args), *kwargs.items()]:
+            tensors = value if isinstance(value, list) else [value]
+            if name != "after" and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+                raise RuntimeError(
+                    f"{op.name()} is a raw kernel and not differentiable, but {name} requires a gradient: {instead}"
+                )
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
+        # Runs on every eager call: names are looked up only where something requires a gradient.
         if torch.is_grad_enabled():
-            for name, value in [*zip((a.name for a in op._schema.arguments), args), *kwargs.items()]:
-                tensors = value if isinstance(value, list) else [value]
-                if name != "after" and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-                    raise RuntimeError(
-                        f"{op.name()} is a raw kernel and not differentiable, but {name} requires a gradient: {instead}"
-                    )
+            for values in (args, kwargs.values()):
+                for value in values:
+                    if isinstance(value, list) or (isinstance(value, Tensor) and value.requires_grad):
+                        refuse(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+            return kernel(*args, **kwargs)
 
     _library.impl(op.name().removeprefix("magi::"), autograd, "Autograd")
 

@@ -8,6 +8,8 @@ incoming gradient, without which they would be merged with the forward's.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -114,20 +116,24 @@ class _Traffic:
         return launched
 
 
+def _below_autograd() -> AbstractContextManager[None]:
+    """Inside an autograd function nothing else differentiates: ops go straight to their kernels. While tracing, autograd
+    takes no time, and is needed."""
+    return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+
+
 class _Attend(torch.autograd.Function):
     # Slices and stages, not the plan: torch 2.11 guards every number in a frozen dataclass that it sees go in here.
     @staticmethod
     def forward(
         ctx, q, k, v, sink, slices, stages, backward_stages, groups, softmax_scale, softcap, deterministic
     ):
-        accumulator = accumulation_dtype(q.dtype)
-        kv = torch.cat([k, v], dim=2)
+        accumulator, widths = accumulation_dtype(q.dtype), [k.shape[2], v.shape[2]]
 
         def attend_keys(keys, slices, out, lse, after, last):
             return _ops.ffa_fwd(
                 q,
-                keys[..., : k.shape[2]],
-                keys[..., k.shape[2] :],
+                *keys.split(widths, dim=2),
                 slices,
                 sink=sink if last else None,  # once
                 out_prev=out,
@@ -138,13 +144,15 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        traffic = _Traffic(kv, stages, groups, [])
-        traffic.launch_for(0)
-        out, lse = attend_keys(kv, slices, None, None, traffic.in_flight, last=False)
-        for s, stage in enumerate(stages):
-            traffic.launch_for(1 + s)
-            keys = traffic.keys_of(s)
-            out, lse = attend_keys(keys, stage.slices, out, lse, traffic.in_flight, last=s + 1 == len(stages))
+        with _below_autograd():
+            kv = torch.cat([k, v], dim=2)
+            traffic = _Traffic(kv, stages, groups, [])
+            traffic.launch_for(0)
+            out, lse = attend_keys(kv, slices, None, None, traffic.in_flight, last=False)
+            for s, stage in enumerate(stages):
+                traffic.launch_for(1 + s)
+                keys = traffic.keys_of(s)
+                out, lse = attend_keys(keys, stage.slices, out, lse, traffic.in_flight, last=s + 1 == len(stages))
 
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
         ctx.stages, ctx.groups = backward_stages, groups
@@ -154,15 +162,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, sink, slices, out, lse = ctx.saved_tensors
-        stages = ctx.stages
-        kv = torch.cat([k, v], dim=2)
+        stages, widths = ctx.stages, [k.shape[2], v.shape[2]]
 
         def grads_of_keys(keys, slices, dq, after):
             return _ops.ffa_bwd(
                 dout,
                 q,
-                keys[..., : k.shape[2]],
-                keys[..., k.shape[2] :],
+                *keys.split(widths, dim=2),
                 lse,
                 delta,
                 slices,
@@ -174,22 +180,23 @@ class _Attend(torch.autograd.Function):
                 after=after,
             )
 
-        traffic = _Traffic(kv, stages, ctx.groups, [dout])
-        traffic.launch_for(0)
-        delta = _ops.ffa_delta(dout, out, dlse)
-        dq, dk, dv = grads_of_keys(kv, slices, None, traffic.in_flight)
-        dkv = torch.cat([dk, dv], dim=2)
-        for s, stage in enumerate(stages):
-            traffic.launch_for(1 + s)
-            dkv = traffic.cross_home(s - 2, dkv)
-            keys = traffic.keys_of(s)
-            dq, dk, dv = grads_of_keys(keys, stage.slices, dq, traffic.in_flight)
-            traffic.send_home(s, [dk, dv])
-        dkv = traffic.all_home(dkv)
-
-        dk, dv = dkv.to(k.dtype).split([k.shape[2], v.shape[2]], dim=2)
-        dsink = None if sink is None else sink_gradient(sink, lse, delta)
-        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None, None
+        with _below_autograd():
+            kv = torch.cat([k, v], dim=2)
+            traffic = _Traffic(kv, stages, ctx.groups, [dout])
+            traffic.launch_for(0)
+            delta = _ops.ffa_delta(dout, out, dlse)
+            dq, dk, dv = grads_of_keys(kv, slices, None, traffic.in_flight)
+            dkv = torch.cat([dk, dv], dim=2)
+            for s, stage in enumerate(stages):
+                traffic.launch_for(1 + s)
+                dkv = traffic.cross_home(s - 2, dkv)
+                keys = traffic.keys_of(s)
+                dq, dk, dv = grads_of_keys(keys, stage.slices, dq, traffic.in_flight)
+                traffic.send_home(s, [dk, dv])
+            dkv = traffic.all_home(dkv)
+            dq, (dk, dv) = dq.to(q.dtype), dkv.to(k.dtype).split(widths, dim=2)
+            dsink = None if sink is None else sink_gradient(sink, lse, delta)
+        return dq, dk, dv, dsink, None, None, None, None, None, None, None
 
 
 def _groups(plan: Plan, mesh: Mesh) -> tuple[str, str]:
