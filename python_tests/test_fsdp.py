@@ -1,5 +1,6 @@
 """Does a compiled, sharded, checkpointed model with `attend` in its blocks train like the same model on one process?"""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -14,7 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from magi_attention import Mask, PlanConfig, attend, build_plan, save_attention_policy
 from magi_attention.reference import attention
@@ -159,3 +162,44 @@ def test_training(dp, cp, checkpointing, bf16, forwards_in_backward):
 def test_training_without_recording(backend, graphs):
     results = run(4, case_train, 2, "selective", True, backend, timeout=300)
     assert results == [(graphs, [])] * 4
+
+
+def case_eager_checkpoint(checkpointing, node_size):
+    """Casts and forward kernels of one eager step."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    mesh = mesh if node_size else mesh._flatten("cp")
+    (block,) = load([ParallelBlock(mesh, checkpointing)])
+    config = PlanConfig(chunk=8, stages=2, node_size=node_size)
+    plan = build_plan(Mask.causal(TOTAL), world_size=4, rank=dist.get_rank(), config=config)
+    x = torch.randn(plan.q_layout.rows, WIDTH)
+    (want,) = torch.autograd.grad(load([ParallelBlock(mesh, "none")])[0](x.requires_grad_(), plan).sum(), x)
+    with torch.profiler.profile() as profile:
+        block(x, plan).sum().backward()
+    torch.testing.assert_close(x.grad, want)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    return [counts.get(f"magi::{op}", 0) for op in ("group_cast", "group_reduce", "ffa_fwd")]
+
+
+@pytest.mark.parametrize("node_size, casts", [(None, 2), (2, 3)])
+def test_eager_checkpointing(node_size, casts):
+    for checkpointing, forwards in ("none", 1), ("full", 2), ("selective", 1):
+        counts = run(4, case_eager_checkpoint, checkpointing, node_size)
+        assert counts == [[casts * (forwards + 1), casts, 3 * forwards]] * 4, checkpointing
+
+
+def case_forward_op():
+    mask = Mask.causal(TOTAL)
+    plan = build_plan(mask, world_size=2, rank=dist.get_rank(), config=PlanConfig(chunk=8))
+    q, k, v = (torch.randn(plan.q_layout.rows, heads, 16) for heads in (4, 2, 2))
+    with FlopCounterMode(display=False) as counter:
+        attend(q, k, v, plan, dist.group.WORLD)
+    assert counter.get_total_flops() == 4 * int(plan.area[plan.rank]) * 4 * 16
+    tables = [getattr(stage, field.name) for stage in plan.stages for field in dataclasses.fields(stage)]
+    name = dist.group.WORLD.group_name
+    call = (q, k, v, None, plan.slices, tables, [name, name], 0.25, 0.0)
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    opcheck(torch.ops.magi.attend_forward.default, call, test_utils=tests)
+
+
+def test_the_forward_is_an_op_that_counts():
+    run(2, case_forward_op)

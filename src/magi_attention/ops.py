@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.mask import Mask, slice_areas
 
-__all__ = ["accumulation_dtype", "flex_attend", "raise_if_grad", "sink_gradient"]
+__all__ = ["accumulation_dtype", "area_of", "flex_attend", "raise_if_grad", "sink_gradient"]
 
 
 def _load(library: str) -> Path:
@@ -217,7 +217,7 @@ for _op in (_ops.ffa_fwd.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
     raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
 
 
-def _area(q: Tensor, k: Tensor, slices: Tensor) -> int:
+def area_of(q: Tensor, k: Tensor, slices: Tensor) -> int:
     """Allowed cells: from the slices where their values can be read, else every cell (while tracing)."""
     if isinstance(slices, torch._subclasses.FakeTensor) or slices.is_meta:
         return q.shape[0] * k.shape[0]
@@ -225,12 +225,12 @@ def _area(q: Tensor, k: Tensor, slices: Tensor) -> int:
 
 
 def _forward_flops(q, k, v, slices, *args, out_val=None, **kwargs) -> int:
-    return 2 * _area(q, k, slices) * q.shape[1] * (q.shape[2] + v.shape[2])
+    return 2 * area_of(q, k, slices) * q.shape[1] * (q.shape[2] + v.shape[2])
 
 
 def _backward_flops(dout, q, k, v, lse, delta, slices, *args, out_val=None, **kwargs) -> int:
     # Five products: S and dP again, then dV, dQ and dK.
-    return 2 * _area(q, k, slices) * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
+    return 2 * area_of(q, k, slices) * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
 
 
 register_flop_formula([_ops.ffa, _ops.ffa_fwd], get_raw=True)(_forward_flops)

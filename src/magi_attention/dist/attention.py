@@ -8,18 +8,21 @@ incoming gradient, without which they would be merged with the forward's.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce, wait
 from magi_attention.dist.dispatch import check_group, check_rows
 from magi_attention.dist.guests import AttendWithGuests
 from magi_attention.dist.tensor_parallel import heads_local
-from magi_attention.ops import accumulation_dtype, sink_gradient
+from magi_attention.ops import accumulation_dtype, area_of, raise_if_grad, sink_gradient
 from magi_attention.plan import Hop, Plan, Stage
 
 __all__ = ["attend"]
@@ -122,38 +125,82 @@ def _below_autograd() -> AbstractContextManager[None]:
     return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
+def _forward(q, k, v, sink, slices, stages, groups, softmax_scale, softcap) -> tuple[Tensor, Tensor]:
+    accumulator, widths = accumulation_dtype(q.dtype), [k.shape[2], v.shape[2]]
+
+    def attend_keys(keys, slices, out, lse, after, last):
+        return _ops.ffa_fwd(
+            q,
+            *keys.split(widths, dim=2),
+            slices,
+            sink=sink if last else None,  # once
+            out_prev=out,
+            lse_prev=lse,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            out_dtype=q.dtype if last else accumulator,
+            after=after,
+        )
+
+    with _below_autograd():
+        kv = torch.cat([k, v], dim=2)
+        traffic = _Traffic(kv, stages, groups, [])
+        traffic.launch_for(0)
+        out, lse = attend_keys(kv, slices, None, None, traffic.in_flight, last=False)
+        for s, stage in enumerate(stages):
+            traffic.launch_for(1 + s)
+            keys = traffic.keys_of(s)
+            out, lse = attend_keys(keys, stage.slices, out, lse, traffic.in_flight, last=s + 1 == len(stages))
+    return out, lse
+
+
+# The whole forward as one op, for eager calls under a dispatch mode: to selective checkpointing it is one thing to keep,
+# so that the backward runs neither kernels nor communication of the forward again. A traced forward stays in pieces.
+_library = torch.library.Library("magi", "FRAGMENT")
+_library.define(
+    "attend_forward(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor slices, Tensor?[] stages, str[] groups, "
+    "float softmax_scale, float softcap) -> (Tensor out, Tensor lse)"
+)
+_STAGE = [field.name for field in dataclasses.fields(Stage)]
+
+
+def _attend_forward(q, k, v, sink, slices, stages, groups, softmax_scale, softcap):
+    """`stages` are the fields of all stages, one after the other."""
+    width = len(_STAGE)
+    rebuilt = tuple(Stage(*stages[i : i + width]) for i in range(0, len(stages), width))
+    return _forward(q, k, v, sink, slices, rebuilt, tuple(groups), softmax_scale, softcap)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attend_forward", _attend_forward, _key)
+
+
+@torch.library.register_fake("magi::attend_forward", lib=_library)
+def _(q, k, v, sink, slices, stages, groups, softmax_scale, softcap):
+    rows, heads, _ = q.shape
+    return q.new_empty((rows, heads, v.shape[2])), q.new_empty((rows, heads), dtype=accumulation_dtype(q.dtype))
+
+
+@register_flop_formula(_ops.attend_forward, get_raw=True)
+def _(q, k, v, sink, slices, stages, *args, out_val=None, **kwargs) -> int:
+    tables = [slices, *stages[_STAGE.index("slices") :: len(_STAGE)]]
+    return sum(2 * area_of(q, k, table) * q.shape[1] * (q.shape[2] + v.shape[2]) for table in tables)
+
+
+raise_if_grad(_ops.attend_forward.default, "call magi_attention.attend, or detach it")
+
+
 class _Attend(torch.autograd.Function):
     # Slices and stages, not the plan: torch 2.11 guards every number in a frozen dataclass that it sees go in here.
     @staticmethod
     def forward(
         ctx, q, k, v, sink, slices, stages, backward_stages, groups, softmax_scale, softcap, deterministic
     ):
-        accumulator, widths = accumulation_dtype(q.dtype), [k.shape[2], v.shape[2]]
-
-        def attend_keys(keys, slices, out, lse, after, last):
-            return _ops.ffa_fwd(
-                q,
-                *keys.split(widths, dim=2),
-                slices,
-                sink=sink if last else None,  # once
-                out_prev=out,
-                lse_prev=lse,
-                softmax_scale=softmax_scale,
-                softcap=softcap,
-                out_dtype=q.dtype if last else accumulator,
-                after=after,
-            )
-
-        with _below_autograd():
-            kv = torch.cat([k, v], dim=2)
-            traffic = _Traffic(kv, stages, groups, [])
-            traffic.launch_for(0)
-            out, lse = attend_keys(kv, slices, None, None, traffic.in_flight, last=False)
-            for s, stage in enumerate(stages):
-                traffic.launch_for(1 + s)
-                keys = traffic.keys_of(s)
-                out, lse = attend_keys(keys, stage.slices, out, lse, traffic.in_flight, last=s + 1 == len(stages))
-
+        if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
+            tables = [getattr(stage, name) for stage in stages for name in _STAGE]
+            out, lse = _ops.attend_forward(q, k, v, sink, slices, tables, groups, softmax_scale, softcap)
+        else:
+            out, lse = _forward(q, k, v, sink, slices, stages, groups, softmax_scale, softcap)
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
         ctx.stages, ctx.groups = backward_stages, groups
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
