@@ -86,10 +86,15 @@ void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& d
     const auto strided = [](const Heads& t) { return t.row_stride % 8 == 0 && t.head_stride % 8 == 0; };
     const bool wide = dim % 8 == 0 && strided(dout) && strided(out) && aligned({dout.data, out.data}, 16);
     const int64_t rows = (int64_t)num_rows * num_heads, rows_per_block = wide ? kThreads / 16 : kThreads / 32;
-    launch(kernel("rows", wide ? "delta8" : "delta1", device, 0),
-           fill((rows + rows_per_block - 1) / rows_per_block, device), kThreads, 0, current_stream(device),
-           DeltaArgs{dout.data, out.data, dlse, delta, dout.row_stride, dout.head_stride, out.row_stride,
-                     out.head_stride, rows, num_heads, dim, element_type(dtype, "out")});
+    const DeltaArgs args{
+        dout.data,       out.data, dlse,      delta, dout.row_stride,           dout.head_stride, out.row_stride,
+        out.head_stride, rows,     num_heads, dim,   element_type(dtype, "out")};
+    void* stream = current_stream(device);
+    if (wide && args.type != kElementF32 && dim <= 128 && rows < (int64_t(1) << 31))
+        launch(kernel("rows", "delta_short", device, 0), {(unsigned)((rows + 63) / 64)}, kThreads, 0, stream, args);
+    else
+        launch(kernel("rows", wide ? "delta8" : "delta1", device, 0),
+               fill((rows + rows_per_block - 1) / rows_per_block, device), kThreads, 0, stream, args);
 }
 
 void band_slices(const RowRange* q_ranges, const RowRange* k_ranges, const int* types, Slice* slices, int num_slices,
