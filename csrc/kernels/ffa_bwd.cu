@@ -26,6 +26,8 @@ constexpr int kConsumers = 2;           // warpgroups of 64 keys
 constexpr int kKeys = kBackwardKeys, kRows = kBackwardRows, kStages = kBackwardStages;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
+constexpr int kSteps = HEAD_DIM / 16;                           // of the products over head_dim
+constexpr int kAhead = HEAD_DIM == 128 ? kSteps : 1;            // of dP's, queued before the exponentials
 constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;        // accumulators of a thread
 constexpr int kDqColumns = HEAD_DIM / 2;                        // of one consumer
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;            // where a visit may start
@@ -133,8 +135,13 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         barrier_arrive(s.item_planned);
         if (done) break;
         if (visits == 0) continue;
-        plan.head = plan.kv_head * a.heads_per_kv;
-        for (int left = a.heads_per_kv; left > 0; --left) {
+        const int first_head = plan.kv_head * a.heads_per_kv;
+        // In ordered visits one head follows the other. Otherwise a block of rows is visited for all heads of the group
+        // while its rows are in L2, where other tiles visit it too: tiles of a head that begin together come from its
+        // last row down, and as they end one after the other under a causal mask, those of the next head meet on the
+        // way up. Heads therefore take turns.
+        plan.head = first_head;
+        for (int left = DETERMINISTIC ? a.heads_per_kv : 1; left > 0; --left) {
             for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
                 {
                     const Slice x = slice_at(a, plan.first, plan.slice);  // transposed: its rows are keys
@@ -147,15 +154,21 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                     plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
                     plan.hi = x.hi + plan.tile_key0;
                 }
-                if (DETERMINISTIC) {
-                    for (int row0 = (plan.row1 - 1) & -kRows; row0 > plan.row0 - kRows; row0 -= kRows)
+                const int first_row = plan.row0 & -kRowAlign, last = (plan.row1 - 1 - first_row) / kRows;
+                for (int block = 0; block <= last; ++block) {
+                    const bool down = DETERMINISTIC || plan.kv_head % 2 == 0;
+                    const int row0 = first_row + (down ? last - block : block) * kRows;
+                    if (DETERMINISTIC) {
                         plan_visit(a, s, n++, row0);
-                } else {
-                    for (int row0 = plan.row0 & -kRowAlign; row0 < plan.row1; row0 += kRows)
-                        plan_visit(a, s, n++, row0);
+                    } else {
+                        for (int h = 0; h < a.heads_per_kv; ++h) {
+                            plan.head = first_head + h;
+                            plan_visit(a, s, n++, row0);
+                        }
+                    }
                 }
             }
-            plan.head = plan.head + 1;
+            if (DETERMINISTIC) plan.head = plan.head + 1;
         }
     }
 }
@@ -230,21 +243,20 @@ __device__ void store_dq(Smem& s, int w) {
 
 // ---- consumers
 // ----------------------------------------------------------------------------------------------------------------------
-// p = exp2(score - lse), both in log2 units.
-__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float2 (&lse)[kScores / 4],
+// p = exp2(score - lse), both in log2 units, from accumulator `begin` on. The copies keep their place among products.
+template <int Count>
+__device__ __forceinline__ void probabilities(const BackwardArgs& a, const float2 (&lse)[kScores / 4], int begin,
                                               float (&p)[kScores]) {
     const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
 #pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            float& x = p[4 * j + e];
-            const float minus = e % 2 ? lse[j].y : lse[j].x;
-            if (SOFTCAP)
-                x = exp2_fast(outer - __fdividef(2 * outer, exp2_fast(x * inner) + 1) - minus);  // cap * tanh(x / cap)
-            else
-                x = exp2_fast(x * a.scale_log2 - minus);
-        }
+    for (int i = begin; i < begin + Count; ++i) {
+        const float minus = i % 2 ? lse[i / 4].y : lse[i / 4].x;
+        if (SOFTCAP)
+            p[i] =
+                exp2_fast(outer - __fdividef(2 * outer, exp2_fast(p[i] * inner) + 1) - minus);  // cap * tanh(x / cap)
+        else
+            p[i] = exp2_fast(p[i] * a.scale_log2 - minus);
+        if (Count < kScores) asm volatile("" : "+f"(p[i]));
     }
 }
 
@@ -357,20 +369,35 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
 #pragma unroll
             for (int j = 0; j < kScores / 4; ++j)
                 lse[j] = *reinterpret_cast<const float2*>(s.lse[stage] + 8 * j + column);
+            const bool masked = s.visit[planned].masked;
             {
                 const Operand v(keys + sizeof(s.k), 16, 1024), rows(dout, 16, 1024);
+                auto multiply = [&](int x) {
+                    wgmma_ss<T, kRows, 0, 0>(dp, v.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)),
+                                             rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)), x);
+                };
                 barrier_wait(s.dout_full[stage], parity);
                 wgmma_fence();
 #pragma unroll
-                for (int x = 0; x < HEAD_DIM / 16; ++x)
-                    wgmma_ss<T, kRows, 0, 0>(dp, v.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)),
-                                             rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)), x);
+                for (int x = 0; x < kAhead; ++x) multiply(x);
                 wgmma_commit();
+                wgmma_wait<1>();
+                pin(p);
+                if constexpr (kAhead == kSteps) {
+                    probabilities<kScores>(a, lse, 0, p);
+                } else {
+#pragma unroll
+                    for (int x = 0; x < kSteps; ++x) {
+                        constexpr int kBlock = kScores / kSteps;
+                        probabilities<kBlock>(a, lse, kBlock * x, p);
+                        if (x + kAhead >= kSteps) continue;
+                        wgmma_fence();
+                        multiply(x + kAhead);
+                        if (x + kAhead == kSteps - 1) wgmma_commit();
+                    }
+                }
             }
-            wgmma_wait<1>();
-            pin(p);
-            probabilities(a, lse, p);
-            if (s.visit[planned].masked) mask_probabilities(s.visit[planned], key, column, p);
+            if (masked) mask_probabilities(s.visit[planned], key, column, p);
             wgmma_wait<0>();
             pin(dp);
             score_gradients(a, s.delta[stage], s.lse[stage], column, p, dp);
