@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workloads import WORKLOADS
+from workloads import WORKLOADS, document_packs
 
 from magi_attention import Mask
 
@@ -90,10 +90,17 @@ def flex_mask(name: str, mask: Mask) -> Callable[..., torch.Tensor] | None:
     if name.startswith("window_"):
         width = int(name.split("_")[1])
         return lambda b, h, q, k: (q >= k) & (q - k < width)
+    blocks = name == "documents_block_causal"
+    if blocks:
+        ends = document_packs(total)[0]
     if ends is not None:
         lengths = (ends[1:] - ends[:-1]).long()
-        doc = torch.repeat_interleave(torch.arange(len(lengths)), lengths).cuda()
+        doc = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         assert len(doc) == total
+        block = ((torch.arange(total) - ends[:-1].long()[doc]) // 2048).to("cuda")
+        doc = doc.to("cuda")
+        if blocks:
+            return lambda b, h, q, k: (doc[q] == doc[k]) & (block[q] >= block[k])
         return lambda b, h, q, k: (q >= k) & (doc[q] == doc[k])
     return None
 
