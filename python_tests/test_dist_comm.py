@@ -33,7 +33,12 @@ def case_ops():
     opcheck(ops.group_reduce.default, ([arrived, arrived], splits, group, mine, [x]), test_utils=tests)
     opcheck(ops.group_reduce.default, ([x[:0]], nothing[2], group, 0), test_utils=tests)
     blocks = torch.tensor([[0], [1]], dtype=torch.int32)
-    opcheck(ops.move_rows.default, (x, blocks, blocks.flip(0), 3, 3, 6, 1, rank, group))
+    opcheck(ops.move_rows.default, (x, blocks, blocks.flip(0), 3, 3, 6, 3, 1, rank, group))
+
+    owned = torch.tensor([[1, 3]], dtype=torch.int32)
+    opcheck(ops.take_rows.default, (x, owned, 2, 4))
+    opcheck(ops.return_rows.default, (x, owned, 2, 5))
+    opcheck(ops.sequence_order.default, (owned, torch.tensor([[1, 2], [0, -1]], dtype=torch.int32), 2, 5))
 
     needs_grad = x.clone().requires_grad_()
     with pytest.raises(

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from dist_data import local, plan_here, rows_of
 from dist_harness import run
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -147,3 +148,45 @@ def case_traced():
 
 def test_traced():
     run(2, case_traced)
+
+
+def case_every_length(function, grad):
+    """One graph for all lengths, with the values and gradients of eager."""
+    group = dist.group.WORLD
+
+    def move(x, plan):
+        if function == "roll":
+            return roll(x, -1, plan, group)
+        return {"dispatch": dispatch, "undispatch": undispatch}[function](x, plan, group, grad=grad)
+
+    compiled = torch.compile(move, fullgraph=True, backend="aot_eager")
+    for total in (64, 80, 33, 7, 130, 2):
+        plan = plan_here(Mask.causal(total), spare=0.25)
+        rows = total if function == "dispatch" else plan.q_layout.rows
+        x, wrong = (torch.randn(n, 3).requires_grad_() for n in (rows, rows + 1))
+        for tensor in (x, wrong):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        got, want = compiled(x, plan), move(x, plan)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        weight = torch.randn_like(want)
+        grads = [torch.autograd.grad(y, x, weight)[0] for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+    graphs = counters["stats"]["unique_graphs"]
+    with pytest.raises(Exception, match=r"plan\.q_layout\.(local|sequence)_rows"):
+        compiled(wrong, plan)
+    dist.barrier()  # nobody is left in a launch
+    return graphs
+
+
+@pytest.mark.parametrize(
+    "function, grad",
+    [
+        ("dispatch", "replicated"),
+        ("dispatch", "partial"),
+        ("undispatch", "replicated"),
+        ("undispatch", "partial"),
+        ("roll", ""),
+    ],
+)
+def test_one_graph_for_all_lengths(function, grad):
+    assert run(2, case_every_length, function, grad, timeout=240) == [1, 1]

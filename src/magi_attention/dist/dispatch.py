@@ -59,7 +59,9 @@ def dispatch(x: Tensor, plan: Plan | Layout, mesh: Mesh, *, grad: Convention = "
     _check_convention(grad)
     if isinstance(x, DTensor):
         return _dispatch_shards(x, layout, mesh)
-    if x.ndim == 0 or x.shape[0] != layout.total:
+    if torch.compiler.is_compiling():
+        torch._check(x.shape[0] == layout.sequence_rows.shape[0])
+    elif x.ndim == 0 or x.shape[0] != layout.total:
         raise ValueError(f"x must have the sequence's {layout.total} rows, got {list(x.shape)}")
     _check_device("x", x, layout)
     return _Dispatch.apply(x, layout, group_name(mesh), grad)
@@ -115,7 +117,7 @@ def roll(x: Tensor, shift: int, plan: Plan | Layout, mesh: Mesh) -> Tensor:
     layout = _layout(plan)
     check_group(layout, mesh)
     check_rows("x", x, layout)
-    return _Move.apply(x, layout, layout, layout.total, shift, layout.rank, group_name(mesh))
+    return _Move.apply(x, layout, layout, shift, layout.rank, group_name(mesh))
 
 
 # ---- the whole sequence on every rank --------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class _Dispatch(torch.autograd.Function):
         if ctx.grad == "replicated":
             dx = _gather(dy, layout, ctx.group)
         else:
-            dx = _ops.range_scatter_reduce(dy[: layout.num_owned], layout.ranges, layout.total)
+            dx = _ops.return_rows(dy, layout.ranges, layout.owned_rows.shape[0], layout.sequence_rows.shape[0])
         return dx, None, None, None
 
 
@@ -150,39 +152,84 @@ class _Undispatch(torch.autograd.Function):
             dx = _take(dy, layout)
         else:
             placed = _ops.range_scatter_reduce(
-                dy.to(accumulation_dtype(dy.dtype)), _sequence_order(layout), layout.world_size * layout.rows
+                dy.to(accumulation_dtype(dy.dtype)),
+                _sequence_order(layout),
+                layout.world_size * layout.local_rows.shape[0],
             )
             dx = wait(_collectives.reduce_scatter_tensor(placed, "sum", layout.world_size, ctx.group)).to(dy.dtype)
         return dx, None, None, None
 
 
-def _take(x: Tensor, layout: Layout) -> Tensor:
+# Sizes come from the layout's carriers, not from its numbers, so that one traced graph serves every length; what is
+# computed from several of them is computed inside an op.
+_library = torch.library.Library("magi", "FRAGMENT")
+_library.define("take_rows(Tensor x, Tensor ranges, SymInt num_owned, SymInt rows) -> Tensor")
+_library.define("return_rows(Tensor y, Tensor ranges, SymInt num_owned, SymInt total) -> Tensor")
+_library.define("sequence_order(Tensor ranges, Tensor chunks, SymInt chunk, SymInt total) -> Tensor")
+
+
+def _take_rows(x: Tensor, ranges: Tensor, num_owned: int, rows: int) -> Tensor:
     """Own rows of the whole sequence, then zeros."""
-    own = _ops.range_gather(x, layout.ranges, layout.num_owned)
-    return torch.cat([own, own.new_zeros((layout.rows - layout.num_owned, *own.shape[1:]))])
+    own = _ops.range_gather(x, ranges, num_owned)
+    return torch.cat([own, own.new_zeros((rows - num_owned, *own.shape[1:]))])
+
+
+def _return_rows(y: Tensor, ranges: Tensor, num_owned: int, total: int) -> Tensor:
+    """The adjoint of `take_rows`: own rows at their places in the whole sequence, zeros elsewhere."""
+    return _ops.range_scatter_reduce(y[:num_owned], ranges, total)
+
+
+def _order_of_chunks(ranges: Tensor, chunks: Tensor, chunk: int, total: int) -> Tensor:
+    """int32 [slots of all ranks, 2] on the device of ranges: where the sequence's chunks, in order, are in the rows of all
+    ranks put end to end; empty ranges for padding."""
+    slots, begin = torch.sort(chunks.flatten())  # padding, -1, comes first
+    begin *= chunk
+    length = torch.where(slots < 0, 0, (total - slots.long() * chunk).clamp(max=chunk))
+    return torch.stack([begin, begin + length], dim=1).to(torch.int32).to(ranges.device)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("take_rows", _take_rows, _key)
+    _library.impl("return_rows", _return_rows, _key)
+    _library.impl("sequence_order", _order_of_chunks, _key)
+
+
+@torch.library.register_fake("magi::take_rows", lib=_library)
+def _(x, ranges, num_owned, rows):
+    return x.new_empty((rows, *x.shape[1:]))
+
+
+@torch.library.register_fake("magi::return_rows", lib=_library)
+def _(y, ranges, num_owned, total):
+    return y.new_empty((total, *y.shape[1:]))
+
+
+@torch.library.register_fake("magi::sequence_order", lib=_library)
+def _(ranges, chunks, chunk, total):
+    return ranges.new_empty((chunks.shape[0] * chunks.shape[1], 2))
+
+
+def _take(x: Tensor, layout: Layout) -> Tensor:
+    return _ops.take_rows(x, layout.ranges, layout.owned_rows.shape[0], layout.local_rows.shape[0])
 
 
 def _gather(x: Tensor, layout: Layout, group: str) -> Tensor:
     """The whole sequence from the rows of all ranks."""
     ranks = wait(_collectives.all_gather_into_tensor(x.contiguous(), layout.world_size, group))
-    return _ops.range_gather(ranks, _sequence_order(layout), layout.total)
+    return _ops.range_gather(ranks, _sequence_order(layout), layout.sequence_rows.shape[0])
 
 
 def _sequence_order(layout: Layout) -> Tensor:
-    """int32 [chunks, 2]: where the sequence's chunks, in order, are in the rows of all ranks put end to end."""
-    num_chunks = -(-layout.total // layout.chunk)
-    slots = layout.chunks.flatten()
-    begin = torch.argsort(slots)[len(slots) - num_chunks :] * layout.chunk  # padding, -1, comes first
-    length = (layout.total - torch.arange(num_chunks) * layout.chunk).clamp(max=layout.chunk)
-    return torch.stack([begin, begin + length], dim=1).to(torch.int32).to(layout.ranges.device)
+    return _ops.sequence_order(
+        layout.ranges, layout.chunks, layout.chunk_rows.shape[0], layout.sequence_rows.shape[0]
+    )
 
 
 # ---- from one division into chunks to another ------------------------------------------------------------------------
 
-_library = torch.library.Library("magi", "FRAGMENT")
 _library.define(
     "move_rows(Tensor x, Tensor source, Tensor target, SymInt source_chunk, SymInt target_chunk, SymInt total, "
-    "SymInt shift, int rank, str group) -> Tensor"
+    "SymInt rows, SymInt shift, int rank, str group) -> Tensor"
 )
 
 
@@ -193,6 +240,7 @@ def _move_rows(
     source_chunk: int,
     target_chunk: int,
     total: int,
+    rows: int,
     shift: int,
     rank: int,
     group: str,
@@ -203,12 +251,13 @@ def _move_rows(
         x: this rank's rows under `source`.
         source, target: int32 `[world, slots]` on the CPU, chunk ids of every rank as in `Layout.chunks`.
         source_chunk, target_chunk: rows of a chunk.
+        rows: of the result.
 
     Returns:
-        `[target slots * target_chunk, ...]`, this rank's rows under `target`, then zeros.
+        `[rows, ...]`, this rank's rows under `target`, then zeros.
     """
     world = len(source)
-    out = x.new_zeros((target.shape[1] * target_chunk, *x.shape[1:]))
+    out = x.new_zeros((rows, *x.shape[1:]))
     if total == 0:
         return out
     # The sequence falls into pieces that lie in one chunk on either side; `to` and `at` are their first rows after and
@@ -258,32 +307,34 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("magi::move_rows", lib=_library)
-def _(x, source, target, source_chunk, target_chunk, total, shift, rank, group):
-    return x.new_empty((target.shape[1] * target_chunk, *x.shape[1:]))
+def _(x, source, target, source_chunk, target_chunk, total, rows, shift, rank, group):
+    return x.new_empty((rows, *x.shape[1:]))
 
 
 @dataclass(frozen=True)
 class _Blocks:
     """One block of neighbouring rows per rank, described like a `Layout`."""
 
-    chunk: int
     chunks: Tensor
+    chunk_rows: Tensor
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, source, target, total, shift, rank, group):
+    def forward(ctx, x, source, target, shift, rank, group):
         ctx.source, ctx.target = source, target
-        ctx.total, ctx.shift, ctx.rank, ctx.group = total, shift, rank, group
+        ctx.shift, ctx.rank, ctx.group = shift, rank, group
         ctx.rows = x.shape[0]
-        return _ops.move_rows(x, source.chunks, target.chunks, source.chunk, target.chunk, total, shift, rank, group)
+        chunks = source.chunk_rows.shape[0], target.chunk_rows.shape[0]
+        total, rows = target.sequence_rows.shape[0], target.local_rows.shape[0]
+        return _ops.move_rows(x, source.chunks, target.chunks, *chunks, total, rows, shift, rank, group)
 
     @staticmethod
     def backward(ctx, dy):
         source, target = ctx.source, ctx.target
-        back = ctx.total, -ctx.shift, ctx.rank, ctx.group
-        dx = _ops.move_rows(dy, target.chunks, source.chunks, target.chunk, source.chunk, *back)
-        return dx[: ctx.rows], None, None, None, None, None, None
+        chunks = target.chunk_rows.shape[0], source.chunk_rows.shape[0]
+        back = target.sequence_rows.shape[0], ctx.rows, -ctx.shift, ctx.rank, ctx.group
+        return _ops.move_rows(dy, target.chunks, source.chunks, *chunks, *back), None, None, None, None, None
 
 
 def _dispatch_shards(x: DTensor, layout: Layout, mesh: Mesh) -> Tensor:
@@ -298,8 +349,8 @@ def _dispatch_shards(x: DTensor, layout: Layout, mesh: Mesh) -> Tensor:
     _check_device("x", local, layout)
     # A last shard may be short, or empty: the rows it lacks are none of the sequence's.
     ranks = torch.arange(layout.world_size, dtype=torch.int32)
-    blocks = _Blocks(max(1, -(-layout.total // layout.world_size)), ranks[:, None])
-    return _Move.apply(local, blocks, layout, layout.total, 0, layout.rank, group_name(mesh))
+    chunk_rows = torch.empty(max(1, -(-layout.total // layout.world_size)), 0)
+    return _Move.apply(local, _Blocks(ranks[:, None], chunk_rows), layout, 0, layout.rank, group_name(mesh))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

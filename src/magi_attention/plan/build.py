@@ -41,8 +41,8 @@ def _layout(grid: list[int], chunks: Tensor, ranges: Tensor, rank: int) -> Layou
     total, chunk, world_size, slots = grid
     num_owned = sum(end - begin for begin, end in ranges.tolist())
     rows = slots * chunk
-    carrier = torch.empty(rows, 0, dtype=torch.int32)
-    return Layout(total, chunk, world_size, rank, rows, num_owned, chunks, ranges, carrier)
+    carriers = [torch.empty(n, 0, dtype=torch.int32) for n in (rows, num_owned, total, chunk)]
+    return Layout(total, chunk, world_size, rank, rows, num_owned, chunks, ranges, *carriers)
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class Layout(_Tables):
         num_owned: rows of this rank without padding. They are the first ones.
         chunks: int32 [world_size, slots], on the CPU: chunk ids of every rank, ascending, then -1 for padding.
         ranges: int32 [m, 2], global row ranges of this rank's rows in local order, without padding.
-        local_rows: int32 [rows, 0] on the CPU, carries `rows` as a shape: a compiled function compares it with its
-            inputs, where it would specialise on the number.
+        local_rows, owned_rows, sequence_rows, chunk_rows: int32 [n, 0] on the CPU, carry `rows`, `num_owned`, `total`
+            and `chunk` as shapes: a compiled function would specialise on the numbers.
     """
 
     total: int
@@ -117,8 +117,15 @@ class Layout(_Tables):
     chunks: Tensor
     ranges: Tensor
     local_rows: Tensor
+    owned_rows: Tensor
+    sequence_rows: Tensor
+    chunk_rows: Tensor
 
-    _unbacked = ("ranges", "local_rows")
+    _unbacked = ("ranges", "local_rows", "owned_rows", "sequence_rows", "chunk_rows")
+
+    def _mark(self) -> None:
+        super()._mark()
+        torch._dynamo.decorators.mark_unbacked(self.chunks, 1)
 
 
 class Hop(NamedTuple):
