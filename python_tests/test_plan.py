@@ -348,12 +348,14 @@ def test_contiguous_rows_need_few_slices() -> None:
     assert plan.remote_rows.max() == 63
 
 
-def test_plan_is_a_value() -> None:
+@pytest.mark.parametrize("node_size", [None, 2])
+def test_plan_is_a_value(node_size: int | None) -> None:
+    config = PlanConfig(node_size=node_size)
     mask = Mask.varlen([0, 100, 300, 512])
-    plan, again = (build_plan(mask, world_size=4, rank=2) for _ in range(2))
-    other = build_plan(Mask.varlen([0, 100, 301, 512]), world_size=4, rank=2)
+    plan, again = (build_plan(mask, world_size=4, rank=2, config=config) for _ in range(2))
+    other = build_plan(Mask.varlen([0, 100, 301, 512]), world_size=4, rank=2, config=config)
     assert plan == again and hash(plan) == hash(again)
-    assert plan != other and plan != build_plan(mask, world_size=4, rank=1)
+    assert plan != other and plan != build_plan(mask, world_size=4, rank=1, config=config)
     with pytest.raises(AttributeError):
         plan.slices = other.slices  # type: ignore[misc]
     for copy in pickle.loads(pickle.dumps(plan)), plan.to("cpu"):

@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, default=8)
     parser.add_argument("--chunk", type=int, help="rows of a chunk (default: chosen by length)")
     parser.add_argument("--stages", type=int, default=2, help="remote stages; 0 chooses (default: %(default)s)")
+    parser.add_argument(
+        "--node-size", type=int, help="ranks of a node: rows cross between nodes once (default: no nodes)"
+    )
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("QUERY", "KEY"))
     parser.add_argument("--draw", type=Path, help="write a picture here (png, svg, pdf)")
     arguments = parser.parse_args()
@@ -68,6 +71,7 @@ def main() -> None:
     mask = read_mask(arguments.mask, arguments.total)
     world_size = arguments.world_size
     config = PlanConfig(chunk=arguments.chunk, stages=max(arguments.stages, 1), heads=tuple(arguments.heads))
+    config = config.replace(node_size=arguments.node_size)
     if arguments.stages == 0:
         config = choose_stages([mask], world_size=world_size, config=config)
     times = []
