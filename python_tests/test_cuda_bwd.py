@@ -120,6 +120,16 @@ def test_thousands_of_slices_in_one_tile(deterministic):
     check(rng, *tensors(rng, 1000, 500, 1, 1, 128, torch.bfloat16), slices, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("heads, kv_heads", [(150, 150), (240, 120)])
+def test_many_heads(heads, kv_heads, deterministic):
+    """More heads than are worked on together: several sections."""
+    rng = torch.Generator().manual_seed(10)
+    for slices in (random_slices(rng, 1000, 1100), causal_documents([64, 500, 1, 435])):
+        q, k, v = tensors(rng, 1000, 1100, heads, kv_heads, 128, torch.bfloat16)
+        check(rng, q, k, v, slices, deterministic=deterministic)
+
+
 def test_one_row_and_one_key():
     rng = torch.Generator().manual_seed(7)
     slices = torch.tensor(
