@@ -182,6 +182,15 @@ def test_thousands_of_slices_in_one_tile():
     check(q, k, v, slices)
 
 
+def test_steps_that_half_of_a_tile_skips():
+    """More of them in a row than the ring of keys and values holds, between steps and at the end of a tile."""
+    rng = torch.Generator().manual_seed(11)
+    pieces = [(0, 64, 0, 100), *((64, 128, 200 * i, 200 * i + 150) for i in range(1, 8)), (0, 64, 1700, 1900)]
+    pieces += [(64, 128, 200 * i, 200 * i + 150) for i in range(10, 14)]
+    slices = torch.tensor([[*piece, -NONE, NONE] for piece in pieces], dtype=torch.int32)
+    check(*tensors(rng, 300, 3000, 4, 2, 128, torch.bfloat16), slices)
+
+
 def test_no_slices_no_keys_no_rows():
     rng = torch.Generator().manual_seed(7)
     for num_q, num_k in ((100, 50), (100, 0), (0, 50)):
