@@ -483,7 +483,7 @@ def test_backward_is_divided_for_itself() -> None:
     """Its last gradients travel alone, and it computes longer: another division hides more."""
     config = PlanConfig(stages=3, heads=(8, 8), profile=HardwareProfile(bandwidth=40e9, launch=1e-6))
     overview = survey(Mask.full(65536), world_size=8, config=config)
-    as_forward = dataclasses.replace(overview, backward_rows=overview.rows, backward_areas=overview.areas)
+    as_forward = dataclasses.replace(overview, backward_rows=overview.rows, backward_work=overview.work)
     assert overview.backward_time < 0.9 * as_forward.backward_time
     for spans in overview.backward_timeline():
         ends = {(span.kind, span.stage): span for span in spans}

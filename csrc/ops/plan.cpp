@@ -51,11 +51,11 @@ plan::Grid check_grid(const std::vector<int64_t>& grid, const char* name) {
 }
 
 plan::CostModel check_cost(const std::vector<double>& cost) {
-    MAGI_CHECK(cost.size() == 10,
+    MAGI_CHECK(cost.size() == 11,
                "cost must be [cell, row, launch, exposed, traffic, slack, guest, returned, guest_backward, "
-               "returned_backward], got ",
+               "returned_backward, fill], got ",
                cost.size(), " numbers");
-    return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5], cost[6], cost[7], cost[8], cost[9]};
+    return {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5], cost[6], cost[7], cost[8], cost[9], cost[10]};
 }
 
 std::span<const int> check_chunks(const Tensor& chunks, const plan::Grid& grid, const char* name) {
@@ -266,21 +266,27 @@ std::vector<Tensor> plan_relay(const Tensor& slices, const Tensor& q_chunks, con
     return out;
 }
 
+// The work of a kernel on slices that ascend by their rows, in cells.
+double slices_work(const Tensor& slices, std::vector<double> cost) {
+    return check_cost(cost).work(span_of(check_table(slices, 6, "slices")));
+}
+
 // What every rank's tables say together, of one pass: key rows from source to destination in each stage, int64 [stages,
 // world, world]; allowed cells that each rank computes in each stage, its own keys first, int64 [world, 1 + stages],
-// guest rows with own keys in the first remote stage; number of slices likewise; the guest rows' part of the cells.
+// guest rows with own keys in the first remote stage; number of slices, work in cells, and the guest rows' part of the
+// work likewise.
 std::vector<Tensor> survey_pass(const Tensor& like, const std::vector<plan::Tables>& ranks,
-                                plan::Schedule plan::Tables::*pass) {
+                                plan::Schedule plan::Tables::*pass, const plan::CostModel& cost) {
     const auto world = static_cast<int64_t>(ranks.size()),
                stages = static_cast<int64_t>((ranks[0].*pass).stages.size()), steps = 1 + stages;
     std::vector<int64_t> rows(stages * world * world);
-    std::vector<int64_t> areas(world * steps), pieces(world * steps), guest_areas(world * steps);
+    std::vector<int64_t> areas(world * steps), pieces(world * steps), works(world * steps), guest_works(world * steps);
     const auto add = [&](int64_t at, const std::vector<Slice>& part, bool guests) {
-        const int64_t sum = std::accumulate(part.begin(), part.end(), int64_t{0},
-                                            [](int64_t total, const Slice& s) { return total + area(s); });
-        areas[at] += sum;
+        for (const Slice& s : part) areas[at] += area(s);
+        const double work = cost.work(part);
         pieces[at] += static_cast<int64_t>(part.size());
-        if (guests) guest_areas[at] += sum;
+        works[at] += static_cast<int64_t>(work);
+        if (guests) guest_works[at] += static_cast<int64_t>(work);
     };
     for (int64_t r = 0; r < world; ++r) {
         add(r * steps, ranks[r].slices, false);
@@ -293,11 +299,12 @@ std::vector<Tensor> survey_pass(const Tensor& like, const std::vector<plan::Tabl
         }
     }
     return {longs_of(like, rows, {stages, world, world}), longs_of(like, areas, {world, steps}),
-            longs_of(like, pieces, {world, steps}), longs_of(like, guest_areas, {world, steps})};
+            longs_of(like, pieces, {world, steps}), longs_of(like, works, {world, steps}),
+            longs_of(like, guest_works, {world, steps})};
 }
 
-// Rows, areas, pieces and guest areas of the forward, then of the backward; then the query rows of each rank that visit
-// each other one, int64 [world, world].
+// Rows, areas, pieces, work and the guests' work of the forward, then of the backward; then the query rows of each rank
+// that visit each other one, int64 [world, world].
 std::vector<Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, const Tensor& k_chunks,
                                   std::vector<int64_t> q_grid, std::vector<int64_t> k_grid, std::vector<int64_t> stages,
                                   std::vector<double> cost, std::optional<Tensor> moves) {
@@ -305,8 +312,8 @@ std::vector<Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, 
     const int64_t world = call.q.world;
     std::vector<plan::Tables> ranks;
     for (int r = 0; r < call.q.world; ++r) ranks.push_back(call.tables(r));
-    std::vector<Tensor> out = survey_pass(slices, ranks, &plan::Tables::forward);
-    for (const Tensor& table : survey_pass(slices, ranks, &plan::Tables::backward)) out.push_back(table);
+    std::vector<Tensor> out = survey_pass(slices, ranks, &plan::Tables::forward, call.cost);
+    for (const Tensor& table : survey_pass(slices, ranks, &plan::Tables::backward, call.cost)) out.push_back(table);
     std::vector<int64_t> visits;
     for (const plan::Tables& of : ranks)
         visits.insert(visits.end(), of.guests.splits.begin(), of.guests.splits.begin() + world);
@@ -320,6 +327,7 @@ std::vector<Tensor> plan_overview(const Tensor& slices, const Tensor& q_chunks, 
 STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
     m.def("slices_area(Tensor slices) -> Tensor");
     m.def("slices_overlap(Tensor slices) -> Tensor");
+    m.def("slices_work(Tensor slices, float[] cost) -> float");
     m.def("plan_ownership(Tensor[] slices, float[] weights, int[] q_grid, int total_k, float[] cost) -> Tensor");
     m.def(
         "plan_key_ownership(Tensor[] slices, float[] weights, Tensor q_chunks, int[] q_grid, int[] k_grid) -> Tensor");
@@ -340,6 +348,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(magi, m) {
 STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
     m.impl("slices_area", TORCH_BOX(&magi::slices_area));
     m.impl("slices_overlap", TORCH_BOX(&magi::slices_overlap));
+    m.impl("slices_work", TORCH_BOX(&magi::slices_work));
     m.impl("plan_ownership", TORCH_BOX(&magi::plan_ownership));
     m.impl("plan_key_ownership", TORCH_BOX(&magi::plan_key_ownership));
     m.impl("plan_moves", TORCH_BOX(&magi::plan_moves));

@@ -95,6 +95,7 @@ class Movement {
     Movement(Slices slices, const Grid& q_grid, std::span<const int> q_chunks, const Grid& k_grid,
              std::span<const int> k_chunks, const CostModel& cost)
         : cost_(cost),
+          whole_tiles_(q_grid.chunk % kTile == 0),
           align_(std::min(k_grid.chunk, kTile)),
           owned_(owned_by_rank(runs_of(k_grid, k_chunks), q_grid.world)),
           offset_(q_grid.world + 1, 0),
@@ -106,7 +107,6 @@ class Movement {
         const double per_guest = cost.guest + cost.returned + cost.guest_backward + cost.returned_backward;
         std::vector<Remote> found;
         for (int r = 0; r < q_grid.world; ++r) {
-            alone_[r].area = rest_[r].area = static_cast<double>(needs.area[r]);
             for_each_owned(needs.keys.of(r), k_runs, [&](int begin, int end, const Run& run) {
                 if (run.rank != r) alone_[r].keys += end - begin;
             });
@@ -119,6 +119,8 @@ class Movement {
                 const Run& run = q_runs.runs[i];
                 const Slice piece = crop(s, run.begin, run.end, s.k0, s.k1);
                 const Range keys = keys_of_rows(piece, piece.q0, piece.q1);
+                alone_[run.rank].area += work_of(piece);
+                rest_[run.rank].area += work_of(piece);
                 int begin = keys.begin;
                 const auto take = [&](int end) {
                     const Slice cells = hull(crop(piece, piece.q0, piece.q1, begin, end));
@@ -126,7 +128,7 @@ class Movement {
                     // Few rows and many keys: the rows weigh less. The keys of others stay on their way to the rows.
                     if ((cells.k1 - cells.k0) * per_key > (cells.q1 - cells.q0) * per_guest) {
                         found.push_back({cells, run.rank});
-                        rest_[run.rank].area -= static_cast<double>(area(cells));
+                        rest_[run.rank].area -= work_of(cells);
                     } else {
                         narrow.push_back({run.rank, {cells.k0, cells.k1}});
                     }
@@ -171,6 +173,8 @@ class Movement {
         std::vector<Tile> tiles;
         double value(double share, int count) const { return slowest + share * traffic / count; }
     };
+
+    double work_of(const Slice& s) const { return whole_tiles_ ? cost_.work({&s, 1}) : static_cast<double>(area(s)); }
 
     std::span<const Remote> remote(int first, int count) const {
         return {remote_.data() + offset_[first], remote_.data() + offset_[first + count]};
@@ -236,7 +240,7 @@ class Movement {
             for (; i < count && tile.cuts[i] < x.cells.k1; ++i) {
                 const Slice part = hull(crop(x.cells, x.cells.q0, x.cells.q1, tile.cuts[i], tile.cuts[i + 1]));
                 if (part.q0 >= part.q1) continue;
-                work[i].area += static_cast<double>(area(part));
+                work[i].area += work_of(part);
                 if (tile.ranks[i] == owner) continue;
                 const int rows = std::max(0, part.q1 - std::max(part.q0, seen[i]));
                 seen[i] = std::max(seen[i], part.q1);
@@ -295,6 +299,7 @@ class Movement {
     }
 
     const CostModel& cost_;
+    bool whole_tiles_;            // of rows in every chunk: then work counts tiles, or else cells
     int align_;                   // keys between ranges are multiples of this
     RangesByRank owned_;          // keys
     std::vector<int> offset_;     // [world + 1] into remote_

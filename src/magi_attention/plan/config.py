@@ -12,24 +12,30 @@ class HardwareProfile:
     """What a rank can do, as far as planning depends on it.
 
     Attributes:
-        flops: attention kernel rate in floating-point operations a second.
+        flops: attention kernel rate in floating-point operations a second, on whole tiles of long rows.
         bandwidth: bytes a second that a rank receives.
         launch: seconds that a collective, or a stage that computes, takes besides its work.
         exposed: share of the shorter one of compute and communication that is not hidden behind the longer one.
         traffic: worth of communication that does hide, as a share of its time: it still takes memory bandwidth and
             power from other work. It decides between plans that take equally long.
+        fill: what a kernel's tile of 128 rows takes besides its tiles of 128 keys, in tiles of keys: short documents
+            and windows take longer than their cells. From the forward's times on one H200: documents of 512 and 2,048
+            rows, a window of 1,024 keys and long sequences agree on 2.3 to 2.8.
     """
 
-    flops: float = 600e12
+    flops: float = 700e12
     bandwidth: float = 360e9
     launch: float = 50e-6
     exposed: float = 0.05
     traffic: float = 0.1
+    fill: float = 2.6
 
     def __post_init__(self) -> None:
         for name in "flops", "bandwidth":
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.fill >= 0:
+            raise ValueError(f"fill must be at least 0, got {self.fill}")
         for name in "exposed", "traffic":
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
@@ -133,6 +139,7 @@ class PlanConfig:
             returned=4 * heads * (self.head_dim + 1) / bandwidth,
             guest_backward=4 * heads * (self.head_dim + 2) / bandwidth,
             returned_backward=4 * heads * self.head_dim / bandwidth,
+            fill=self.profile.fill,
         )
 
     def costs(self) -> list[float]:
@@ -144,12 +151,13 @@ class CostModel(NamedTuple):
     """Seconds of a forward pass, for 16-bit queries, keys and values and 32-bit partial results; csrc/plan/cost.h.
 
     Attributes:
-        cell: of one allowed cell, all heads.
+        cell: of one cell of a tile that the kernel computes, all heads.
         row: of one received key row.
         launch: of a collective, or a stage that computes.
         exposed, traffic, slack: shares, as in `HardwareProfile` and `PlanConfig`.
         guest, returned: of one received guest row, of one partial result that comes back.
         guest_backward, returned_backward: the same in a backward pass.
+        fill: as in `HardwareProfile`.
     """
 
     cell: float
@@ -162,6 +170,7 @@ class CostModel(NamedTuple):
     returned: float
     guest_backward: float
     returned_backward: float
+    fill: float
 
 
 _TILE = 128  # rows of a kernel's query tile: chunks of whole tiles leave no ragged ones

@@ -1,7 +1,8 @@
 """torchrun --nproc-per-node N -m magi_attention.plan.measure: what can this hardware do? Prints a `HardwareProfile`.
 
-Times the attention kernel on one causal sequence and all-to-all exchanges of growing size between the ranks started, on
-their GPUs, or on the CPU where there are none. Alone, without torchrun, it measures the kernel only.
+Times the attention kernel on one causal sequence and on short documents, and all-to-all exchanges of growing size
+between the ranks started, on their GPUs, or on the CPU where there are none. Alone, without torchrun, it measures the
+kernel only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from magi_attention import ops  # noqa: F401  (loads the kernels)
-from magi_attention.plan.config import HardwareProfile
+from magi_attention.plan.config import _TILE, HardwareProfile, PlanConfig
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -36,14 +37,31 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
     return statistics.median(times[2:])
 
 
-def kernel_rate(rows: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a causal forward pass."""
+def kernel_rate(
+    rows: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """Floating-point operations a second of a forward pass on whole tiles, and `HardwareProfile.fill`.
+
+    A causal sequence spends its time on tiles, short documents much of it on starting tiles of rows: two equations.
+    """
     q = torch.randn(rows, heads[0], head_dim, dtype=dtype, device=device)
     k, v = torch.randn(2, rows, heads[1], head_dim, dtype=dtype, device=device)
-    slices = torch.tensor([[0, rows, 0, rows, -(1 << 30), 0]], dtype=torch.int32, device=device)
-    area = rows * (rows + 1) // 2
-    time_taken = seconds(lambda: torch.ops.magi.ffa.slices(q, k, v, slices), device, 10)
-    return 4 * area * heads[0] * head_dim / time_taken
+
+    def measured(document: int) -> tuple[float, float]:
+        """Cells of whole tiles, and seconds."""
+        begin = torch.arange(0, rows, document, dtype=torch.int32)
+        end = (begin + document).clamp(max=rows)
+        bounds = torch.tensor([[-(1 << 30), 0]], dtype=torch.int32).expand(len(begin), 2)
+        slices = torch.cat([torch.stack([begin, end, begin, end], dim=1), bounds], dim=1)
+        tiles = torch.ops.magi.slices_work(slices, PlanConfig(profile=HardwareProfile(fill=0)).costs())
+        on_device = slices.to(device)
+        return float(tiles), seconds(lambda: torch.ops.magi.ffa.slices(q, k, v, on_device), device, 10)
+
+    (long_tiles, long_time), (short_tiles, short_time) = measured(rows), measured(min(512, rows))
+    # time = cell * (tiles + start), start being the same for both since they have the same rows.
+    cell = max(long_time - short_time, 1e-12) / max(long_tiles - short_tiles, 1.0)
+    start = max(short_time / cell - short_tiles, 0.0)
+    return 4 * heads[0] * head_dim / cell, start / (rows * _TILE)
 
 
 def exchange_rate(largest: int, device: torch.device) -> tuple[float, float]:
@@ -84,7 +102,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     rows = arguments.rows or (32768 if on_gpu else 2048)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    profile = HardwareProfile(flops=kernel_rate(rows, tuple(arguments.heads), arguments.head_dim, dtype, device))
+    flops, fill = kernel_rate(rows, tuple(arguments.heads), arguments.head_dim, dtype, device)
+    profile = HardwareProfile(flops=flops, fill=fill)
     if distributed and dist.get_world_size() > 1:
         bandwidth, launch = exchange_rate((arguments.mib or (256 if on_gpu else 16)) << 20, device)
         profile = dataclasses.replace(profile, bandwidth=bandwidth, launch=launch)
@@ -95,7 +114,8 @@ def main() -> None:
         )
         print(
             f"HardwareProfile(flops={profile.flops:.3g}, bandwidth={profile.bandwidth:.3g}, "
-            f"launch={profile.launch:.2g}, exposed={profile.exposed}, traffic={profile.traffic})"
+            f"launch={profile.launch:.2g}, exposed={profile.exposed}, traffic={profile.traffic}, "
+            f"fill={profile.fill:.2g})"
         )
     if distributed:
         dist.destroy_process_group()

@@ -41,8 +41,11 @@ class Overview:
         areas: int64 [world_size, 1 + stages], allowed cells that each rank computes: with own keys, then in each stage;
             guest rows with own keys in the first stage.
         pieces: int64 [world_size, 1 + stages], slices that they take.
-        guest_areas: int64 [world_size, 1 + stages], the part of `areas` that belongs to guest rows.
-        backward_rows, backward_areas, backward_pieces, backward_guest_areas: the same in the stages of the backward.
+        work: int64 [world_size, 1 + stages], `areas` as the kernel sees them: cells of whole tiles, and what starting
+            on a tile of rows takes (`HardwareProfile.fill`). Predicted times are made of it.
+        guest_work: int64 [world_size, 1 + stages], the part of `work` that belongs to guest rows.
+        backward_rows, backward_areas, backward_pieces, backward_work, backward_guest_work: the same in the stages of
+            the backward.
         guest_rows: int64 [world_size, world_size], query rows of each rank (dim 0) that visit each other one (dim 1).
         config: as given to `build_plan`.
     """
@@ -54,11 +57,13 @@ class Overview:
     rows: Tensor
     areas: Tensor
     pieces: Tensor
-    guest_areas: Tensor
+    work: Tensor
+    guest_work: Tensor
     backward_rows: Tensor
     backward_areas: Tensor
     backward_pieces: Tensor
-    backward_guest_areas: Tensor
+    backward_work: Tensor
+    backward_guest_work: Tensor
     guest_rows: Tensor
     config: PlanConfig
 
@@ -81,7 +86,7 @@ class Overview:
     def efficiency(self) -> float:
         """Mean compute over the slowest rank's step, if communication and compute overlapped perfectly."""
         costs = self.config.cost_model()
-        compute, visits = self.areas.sum(1) * costs.cell, self.guest_rows
+        compute, visits = self.work.sum(1) * costs.cell, self.guest_rows
         transfer = self.remote_rows * costs.row + visits.sum(0) * costs.guest + visits.sum(1) * costs.returned
         slowest = float(torch.maximum(compute, transfer).max())
         return float(compute.mean()) / slowest if slowest else 1.0
@@ -92,20 +97,20 @@ class Overview:
         Guest rows arrive before the first stage's keys; what they found returns beneath the last stage's own rows.
         """
         costs = self.config.cost_model()
-        return self._timeline(self.rows, self.areas, self.guest_areas, 1, 0, costs.guest, costs.returned)
+        return self._timeline(self.rows, self.work, self.guest_work, 1, 0, costs.guest, costs.returned)
 
     def backward_timeline(self) -> list[list[Span]]:
         """The predicted backward pass of every rank: gradients go home while the next stage computes."""
         costs = self.config.cost_model()
-        tables = self.backward_rows, self.backward_areas, self.backward_guest_areas
+        tables = self.backward_rows, self.backward_work, self.backward_guest_work
         factors = _BACKWARD_COMPUTE, _GRADIENT_ROW
         return self._timeline(*tables, *factors, costs.guest_backward, costs.returned_backward)
 
     def _timeline(
         self,
         rows: Tensor,
-        areas: Tensor,
-        guest_areas: Tensor,
+        work: Tensor,
+        guest_work: Tensor,
         compute: float,
         gradient: float,
         guest: float,
@@ -116,13 +121,13 @@ class Overview:
         guests, visits = self.guest_rows.sum(0).tolist(), self.guest_rows.sum(1).tolist()
         moves = self.config.movement != "keys"
         ranks = []
-        for rank, cells in enumerate(areas.tolist()):
+        for rank, cells in enumerate(work.tolist()):
             arriving: list[int] = received[:, rank].tolist()
             begin, spans = 0.0, []
-            for stage, area in enumerate([*cells, 0] if gradient else cells):
+            for stage, cell_count in enumerate([*cells, 0] if gradient else cells):
                 computed = transferred = begin
                 if stage < len(cells):
-                    computed += compute * cell * area + (launch if stage and area else 0.0)
+                    computed += compute * cell * cell_count + (launch if stage and cell_count else 0.0)
                     spans.append(Span("compute", stage, begin, computed))
                 if gradient and stage >= 2:
                     end = transferred + launch + gradient * row * arriving[stage - 2]
@@ -133,7 +138,7 @@ class Overview:
                     spans.append(Span("visit", 1, transferred, end))
                     transferred = end
                 if moves and stage + 1 == len(cells):
-                    transferred += compute * cell * int(guest_areas[rank, stage])
+                    transferred += compute * cell * int(guest_work[rank, stage])
                     end = transferred + launch + returned * visits[rank]
                     spans.append(Span("return", stage, transferred, end))
                     transferred = end
@@ -191,7 +196,7 @@ def survey(
         out = torch.ops.magi.plan_overview(*call.tables, call.config.stage_counts, call.config.costs(), call.moves)
     else:
         out = _survey_nodes(call, world_size, call.config.node_size)
-    names = "rows", "areas", "pieces", "guest_areas"
+    names = "rows", "areas", "pieces", "work", "guest_work"
     tables = dict(zip((*names, *(f"backward_{name}" for name in names), "guest_rows"), out))
     total_q, chunk = call.q_grid[:2]
     return Overview(call.q_chunks, total_q, call.k_grid[0], chunk, config=call.config, **tables)
@@ -214,7 +219,9 @@ def _survey_nodes(call: PlanArguments, world_size: int, node_size: int) -> list[
                 rows[number, rank, node : node + node_size] = stage.splits[0]
         areas = [[int(torch.ops.magi.slices_area(part).sum()) for part in of_rank] for of_rank in parts]
         pieces = torch.tensor([[len(part) for part in of_rank] for of_rank in parts])
-        tables += [rows, torch.tensor(areas), pieces, torch.zeros_like(pieces)]
+        costs = call.config.costs()
+        work = [[int(torch.ops.magi.slices_work(part, costs)) for part in of_rank] for of_rank in parts]
+        tables += [rows, torch.tensor(areas), pieces, torch.tensor(work), torch.zeros_like(pieces)]
     return [*tables, torch.zeros(world_size, world_size, dtype=torch.int64)]
 
 
