@@ -1,8 +1,8 @@
 """How balanced, how local and how fast are plans? Prints one table for each question; --json writes the numbers.
 
 python benchmarks/plan.py                      # everything, about two minutes
-python benchmarks/plan.py quality structure    # some of: quality structure nodes time
-python benchmarks/plan.py time --draw out/plan_time.png
+python benchmarks/plan.py quality structure    # some of: quality structure nodes movement time
+python benchmarks/plan.py time --draw docs/plan_time.png
 
 Quality is measured on packed documents (W1) with 64:8 heads and 8,192 rows a rank, as means over packs, next to the
 published alternative: a min-heap over chunks of 2,048 rows (MagiAttention's setting) and of 512. Every ownership gets
@@ -13,6 +13,7 @@ larger one of compute and communication.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import heapq
 import json
 import subprocess
@@ -27,7 +28,7 @@ from torch import Tensor
 from workloads import NUM_PACKS, WORKLOADS, documents_causal
 
 from magi_attention.mask import Mask
-from magi_attention.plan import PlanConfig, build_plan
+from magi_attention.plan import H200_INFINIBAND, PlanConfig, build_plan, survey
 
 ROWS = 8192
 CONFIG = PlanConfig(heads=(64, 8))
@@ -195,6 +196,69 @@ def nodes() -> list[dict]:
     return rows
 
 
+MIB = 1 << 20
+
+
+def longformer(total: int, seed: int = 0) -> Mask:
+    """A causal window of 1,024 keys, and 64 rows that see every key."""
+    window, dense = (-1023, 0), (None, None)
+    return Mask.from_bands([[0, 64], [64, total]], [[0, total], [0, total]], [dense, window])
+
+
+def movement() -> list[dict]:
+    """Bytes that the worst rank receives, and predicted step, where keys alone move and where rows may."""
+    print(f"\nrows that move, {ROWS:,} rows a rank, one 400 Gb/s adapter for each: MiB received by mean and worst rank")
+    print("and predicted ms, forward and backward")
+    print(
+        f"{'ranks':>6}  {'mask':24}{'heads':>7}{'keys: mean':>12}{'worst':>8}{'ms':>8}{'auto: mean':>13}{'worst':>8}"
+        f"{'ms':>8}{'x bytes':>9}{'x time':>8}{'plan ms':>9}"
+    )
+    masks = {**WORKLOADS, "longformer": longformer}
+    cases = [(world, name, (24, 24)) for world in (8, 64) for name in ("causal", "full", "video_history")]
+    cases += [(64, "documents_causal", (24, 24)), (64, "longformer", (24, 24)), (64, "longformer", (64, 8))]
+    cases += [(64, "causal", (64, 8)), (64, "documents_causal", (64, 8)), (256, "causal", (24, 24))]
+    rows = []
+    for world, name, heads in cases:
+        mask, found = masks[name](ROWS * world, seed=0), {}
+        for mode in "keys", "auto":
+            config = PlanConfig(heads=heads, profile=H200_INFINIBAND, movement=mode)
+            overview = survey(mask, world_size=world, config=config)
+            costs, bandwidth = config.cost_model(), config.profile.bandwidth
+            guests, returned = overview.guest_rows.sum(0), overview.guest_rows.sum(1)
+            keys = (
+                overview.remote_rows * costs.row * 4
+            )  # once forward; again, and gradients of twice the width, backward
+            visits = guests * (costs.guest + costs.guest_backward)
+            visits = visits + returned * (costs.returned + costs.returned_backward)
+            received = (keys + visits) * bandwidth / MIB
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                build_plan(mask, world_size=world, rank=0, config=config)
+                times.append(1e3 * (time.perf_counter() - start))
+            step = 1e3 * (overview.step_time + overview.backward_time)
+            found[mode] = float(received.mean()), float(received.max()), step, min(times)
+        (mean, worst, ms, _), (auto_mean, auto_worst, auto_ms, plan_ms) = found["keys"], found["auto"]
+        print(
+            f"{world:>6}  {name:24}{heads[0]:>4}:{heads[1]:<2}{mean:>12,.0f}{worst:>8,.0f}{ms:>8.1f}{auto_mean:>13,.0f}"
+            f"{auto_worst:>8,.0f}{auto_ms:>8.1f}{auto_worst / worst:>9.2f}{auto_ms / ms:>8.2f}{plan_ms:>9.2f}"
+        )
+        rows.append(
+            {
+                "table": "movement",
+                "world_size": world,
+                "mask": name,
+                "heads": list(heads),
+                "keys_mib": [mean, worst],
+                "auto_mib": [auto_mean, auto_worst],
+                "keys_ms": ms,
+                "auto_ms": auto_ms,
+                "plan_ms": plan_ms,
+            }
+        )
+    return rows
+
+
 TIMED = ((8, 8192), (8, 16384), (16, 16384), (64, 8192), (64, 16384), (64, 65536), (256, 16384), (1024, 16384))
 
 
@@ -258,7 +322,11 @@ def peak_memory(world: int, per_rank: int) -> float:
 
 def print_peak(world: int, per_rank: int) -> None:
     mask = documents_causal(world * per_rank)
-    build_plan(mask, world_size=2, rank=0, config=PlanConfig(chunk=world * per_rank))  # loads everything
+    build_plan(Mask.causal(64), world_size=2, rank=0)  # loads everything
+    # Nothing freed before is used again: what planning allocates, it takes from the system, where the peak sees it.
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 4096)  # M_MMAP_THRESHOLD: all but small blocks are mapped, and unmapped when freed
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident_kib("VmRSS")
     build_plan(mask, world_size=world, rank=0, config=CONFIG)
@@ -283,7 +351,7 @@ def draw_times(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-TABLES = ["quality", "structure", "nodes", "time"]
+TABLES = ["quality", "structure", "nodes", "movement", "time"]
 
 
 def main() -> None:
@@ -303,6 +371,8 @@ def main() -> None:
         rows += structure([8, 64])
     if "nodes" in arguments.tables:
         rows += nodes()
+    if "movement" in arguments.tables:
+        rows += movement()
     if "time" in arguments.tables:
         rows += timing()
     if arguments.json:
