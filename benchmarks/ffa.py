@@ -4,9 +4,9 @@
                              [--peers fa3 cudnn fa2 flex] [--json out/ffa_fwd.json] [--chart out/ffa_fwd.png]
 
 A case's calls take turns, timed by device events, and medians count: clocks that fall with the chip's temperature fall
-for all. TFLOP/s are of allowed cells: forward 4 * area * heads * head_dim, backward 2.5 times that. A peer that cannot
-run a mask is left out of its row. fa3 is the wheel `fa3-fwd` (forward only, no window). `ordered` is our own backward
-with deterministic=True. Memory is the peak of our call beyond its inputs, outputs included.
+for all. TFLOP/s are of allowed cells: forward 2 * area * heads * (head_dim + v_dim), backward 2.5 times that. A peer
+that cannot run a mask is left out of its row. fa3 is the wheel `fa3-fwd` (forward only, no window). `ordered` is our
+own backward with deterministic=True. Memory is the peak of our call beyond its inputs, outputs included.
 """
 
 from __future__ import annotations
@@ -140,13 +140,14 @@ def peer_calls(name: str, mask: Mask, q, k, v, peers: list[str], grad: bool) -> 
     return calls
 
 
-def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: argparse.Namespace) -> dict:
+def measure(name: str, total: int, heads: int, kv_heads: int, dims: str, args: argparse.Namespace) -> dict:
+    dim, v_dim = (int(d) for d in (dims.split(":") * 2)[:2])
     mask = mask_of(name, total)
     grad = args.direction != "fwd"
     torch.manual_seed(0)
     q = torch.randn(total, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
     k, v = (
-        torch.randn(total, kv_heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad) for _ in range(2)
+        torch.randn(total, kv_heads, d, device="cuda", dtype=torch.bfloat16, requires_grad=grad) for d in (dim, v_dim)
     )
     slices = mask.slices.cuda()
     ours = lambda: torch.ops.magi.ffa.slices(q, k, v, slices)[0]  # noqa: E731
@@ -154,7 +155,7 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
     if grad:
         calls["ordered"] = lambda: torch.ops.magi.ffa.slices(q, k, v, slices, deterministic=True)[0]
     if args.direction == "both":
-        d = torch.randn_like(q)
+        d = torch.randn_like(calls["ffa"]())
         calls = {
             peer: lambda call=call, own=peer in ("ffa", "ordered"): torch.autograd.grad(
                 call(), (q, k, v), d if own else d[None].transpose(1, 2)
@@ -169,7 +170,7 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
             for peer, out in forwards.items()
         }
     ms = medians(calls, args.budget_ms)
-    flops = 4 * mask.area() * heads * dim * {"fwd": 1, "bwd": 2.5, "both": 3.5}[args.direction]
+    flops = 2 * mask.area() * heads * (dim + v_dim) * {"fwd": 1, "bwd": 2.5, "both": 3.5}[args.direction]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -185,7 +186,7 @@ def measure(name: str, total: int, heads: int, kv_heads: int, dim: int, args: ar
         "mask": name,
         "tokens": total,
         "heads": f"{heads}:{kv_heads}",
-        "head_dim": dim,
+        "head_dim": dims,
         "slices": len(mask.slices),
         "host_us": host_us,
         "memory": memory,
@@ -229,7 +230,7 @@ def main() -> None:
     parser.add_argument("--direction", choices=["fwd", "bwd", "both"], default="fwd")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--heads", nargs="+", default=["32:32"], help="query heads:key heads")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
+    parser.add_argument("--head-dims", nargs="+", default=["128"], help="of queries and keys[:of values]")
     parser.add_argument("--masks", nargs="+", default=["full", "causal", "doc8", "doc32", "rdoc32", "window_1024"])
     parser.add_argument("--peers", nargs="*", default=["fa3", "cudnn"], choices=PEERS)
     parser.add_argument("--budget-ms", type=float, default=150, help="of device time for each call of a case")

@@ -36,6 +36,7 @@ struct ForwardParams {
     void* lse;             // [num_q, num_q_heads] natural log
     double softmax_scale, softcap;
     int sm_margin;
+    void* max_logits;  // [num_q_heads], -inf before; null where not asked for
 };
 
 struct BackwardParams {

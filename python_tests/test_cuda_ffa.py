@@ -80,6 +80,7 @@ def check(q, k, v, slices, **options):
     return out, lse
 
 
+DIMS = [(64, 64), (128, 128), (128, 128), (40, 40), (96, 96), (192, 128), (192, 192), (256, 256), (24, 136), (176, 8)]
 HEADS = [(1, 1), (2, 1), (4, 2), (3, 3), (8, 1), (64, 1)]
 
 
@@ -90,8 +91,9 @@ def test_random_masks(seed):
     for _ in range(5):
         num_q, num_k = (int(pick([64, 300, 1000, 5000]) * torch.rand((), generator=rng)) + 1 for _ in range(2))
         heads, kv_heads = pick(HEADS if num_q * num_k < 1e6 else HEADS[:4])
-        dim, dtype = pick([64, 128, 128, 40, 96]), pick([torch.bfloat16, torch.float16])
-        q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, dtype)
+        dim, v_dim = pick(DIMS)
+        dtype = pick([torch.bfloat16, torch.float16])
+        q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, dtype, v_dim)
         check(q, k, v, random_slices(rng, num_q, num_k))
 
 
@@ -102,7 +104,7 @@ def causal_documents(lengths):
     )
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize(
     "options", [{"softcap": 15.0}, {"softmax_scale": 0.0}, {"softmax_scale": -0.1}, {"sm_margin": 100}]
 )
@@ -111,22 +113,24 @@ def test_options(dim, options):
     check(*tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16), causal_documents([700, 1, 130, 669]), **options)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("lengths", [[300, 1, 127, 129, 500, 3, 1200], [128] * 7, [1000, 24, 1000], [5] * 40 + [9000]])
-def test_documents_that_start_anywhere(lengths):
+def test_documents_that_start_anywhere(lengths, dim):
     """Tiles that begin with documents (few, long ones) and tiles that do not: rows between documents see nothing."""
     rng = torch.Generator().manual_seed(12)
     slices = causal_documents(lengths)
     total = sum(lengths) + 77
     slices[1::3, 1] = slices[1::3, 0]  # every third document is empty
-    check(*tensors(rng, total, total, 2, 1, 128, torch.bfloat16), slices[torch.randperm(len(slices), generator=rng)])
+    check(*tensors(rng, total, total, 2, 1, dim, torch.bfloat16), slices[torch.randperm(len(slices), generator=rng)])
 
 
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("growth", [1e-3, 1.0, 20.0])
-def test_scores_that_jump(growth, dtype):
+def test_scores_that_jump(growth, dtype, dim):
     """Later keys score higher by many orders of magnitude, in some rows only: maxima move late, by more than 2^127."""
     rng = torch.Generator().manual_seed(11)
-    q, k, v = tensors(rng, 1000, 2000, 2, 1, 128, dtype)
+    q, k, v = tensors(rng, 1000, 2000, 2, 1, dim, dtype)
     k *= (1 + growth * torch.arange(2000, device="cuda")[:, None, None] / 100).to(dtype)
     q[::3] *= 0.01
     slices = torch.tensor([[0, 1000, 0, 2000, -NONE, NONE]], dtype=torch.int32)
@@ -201,9 +205,10 @@ def test_no_slices_no_keys_no_rows():
         assert (lse == -torch.inf).all()
 
 
-def test_bitwise_repeats():
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_bitwise_repeats(dim, v_dim):
     rng = torch.Generator().manual_seed(8)
-    q, k, v = tensors(rng, 4096, 4096, 8, 2, 128, torch.bfloat16)
+    q, k, v = tensors(rng, 4096, 4096, 8, 2, dim, torch.bfloat16, v_dim)
     slices = random_slices(rng, 4096, 4096).cuda()
     first = ops.ffa.slices(q, k, v, slices)
     for _ in range(20):
@@ -251,6 +256,9 @@ def test_unsupported_is_an_error():
     slices = torch.tensor([[0, 10, 0, 10, -NONE, NONE]], dtype=torch.int32, device="cuda")
     with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         ops.ffa.slices(q, q, q, slices)
-    wide = torch.randn(10, 1, 136, device="cuda", dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="at most 128"):
+    wide = torch.randn(10, 1, 264, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="at most 256"):
+        ops.ffa.slices(wide, wide, wide, slices)
+    wide = wide[..., :136].requires_grad_()
+    with pytest.raises(RuntimeError, match="at most 128 on CUDA where gradients"):
         ops.ffa.slices(wide, wide, wide, slices)

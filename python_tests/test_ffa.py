@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from magi_attention import Mask
+from magi_attention import Mask, flex_attend
 from magi_attention.reference import assert_attention, attention
 
 ops = torch.ops.magi
@@ -231,3 +231,30 @@ def test_many_slices(device):
     tail = Mask.varlen(torch.cat([torch.zeros(1, dtype=torch.int64), lengths[-100:].cumsum(0)]))
     n = tail.total_q
     torch.testing.assert_close(out[-n:].double(), attention(q[-n:], k[-n:], v[-n:], tail)[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"softmax_scale": -0.2}])
+def test_max_logits(widths, options, device):
+    """The largest allowed score of each head, not its stand-in by which an online softmax divides."""
+    mask = random_mask(random.Random(sum(widths)), longest=400)
+    q, k, v, _, _, sink = tensors(mask, (4, 2), widths, torch.bfloat16, device, sinks=1)
+    q[:, 1] *= 20  # this head's scores are far larger
+    out, lse, most = ops.ffa_max_logits(q, k, v, mask.slices.to(device), sink, **options)
+    want = ops.ffa.slices(q, k, v, mask.slices.to(device), sink, **options)
+    torch.testing.assert_close(out, want[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, want[1], atol=1e-4, rtol=1e-5)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(2, 1))
+    scores *= options.get("softmax_scale", widths[0] ** -0.5)
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    scores.masked_fill_(~mask.dense().to(device), -torch.inf)
+    torch.testing.assert_close(most, scores.amax((1, 2)).float(), atol=1e-4, rtol=1e-5)
+
+
+def test_max_logits_without_cells_and_without_gradient():
+    mask = Mask.from_slices([[0, 0]], [[0, 3]], ["full"], total_q=5, total_k=3)
+    q, k, v, *_ = tensors(mask, (2, 1), (16, 16), torch.float32, "cpu")
+    out, lse, most = flex_attend(q.requires_grad_(), k, v, mask, return_max_logits=True)
+    assert (most == -torch.inf).all() and not most.requires_grad and out.requires_grad and lse.requires_grad

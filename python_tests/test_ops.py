@@ -38,6 +38,7 @@ def test_opcheck_ffa(dtype, sinks):
     q, k, v = qkv(dtype=dtype, grad=True)
     sink = torch.zeros(sinks, 4, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True) if sinks else None
     opcheck(ops.ffa.slices, (q, k, v, SLICES, sink), {"softmax_scale": 0.3, "softcap": 2.0})
+    opcheck(ops.ffa_max_logits, (q, k, v, SLICES, sink), {"softmax_scale": 0.3, "softcap": 2.0})
     opcheck(ops.ffa.default, (q, k, v, int32([[0, 7]]), int32([[0, 9]]), int32([1])), {"sink": sink})
 
 
@@ -47,7 +48,8 @@ def test_opcheck_raw_kernels(dtype):
     acc = torch.promote_types(dtype, torch.float32)
     out, lse = ops.ffa_fwd(q, k, v, SLICES, softmax_scale=0.3, out_dtype=acc)
     previous = {"out_prev": out, "lse_prev": lse, "out_dtype": acc, "after": [q, k]}
-    opcheck(ops.ffa_fwd.default, (q, k, v, SLICES), {"softmax_scale": 0.3, **previous})
+    for op in (ops.ffa_fwd.default, ops.ffa_fwd_max_logits.default):
+        opcheck(op, (q, k, v, SLICES), {"softmax_scale": 0.3, **previous})
     delta = ops.ffa_delta(out, out, lse)
     opcheck(ops.ffa_delta.default, (out, out, None))
     grads = {"dq_prev": torch.ones_like(q, dtype=acc), "grad_dtype": acc, "after": [k]}

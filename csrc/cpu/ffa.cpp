@@ -210,6 +210,14 @@ Acc score_factor(double softmax_scale, double softcap) {
     return Acc(softcap > 0 ? softmax_scale / softcap : softmax_scale * M_LOG2E);
 }
 
+// *at = max(*at, x), among threads.
+template <class Acc>
+void raise_to(Acc* at, Acc x) {
+    const std::atomic_ref<Acc> most(*at);
+    for (Acc known = most; known < x && !most.compare_exchange_weak(known, x);) {
+    }
+}
+
 template <class T, class Out>
 void forward(const ForwardParams& p) {
     using Acc = acc_t<T>;
@@ -255,6 +263,8 @@ void forward(const ForwardParams& p) {
             kernels.forward_slice(p.dtype, head_rows<T>(p.k, kv_head, sh.head_dim),
                                   head_rows<T>(p.v, kv_head, sh.v_dim), Acc(p.softcap * M_LOG2E), s, tile);
         }
+        for (int lane = 0; lane < lanes && p.max_logits; ++lane)
+            raise_to((Acc*)p.max_logits + head + lane % heads, most[lane] * Acc(M_LN2));
         for (int lane = 0; lane < lanes; ++lane) {
             const int64_t i = (int64_t)(row + lane / heads) * sh.num_q_heads + head + lane % heads;
             Acc m = most[lane], l = sum[lane];

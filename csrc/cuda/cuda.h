@@ -9,8 +9,9 @@
 
 namespace magi::cuda {
 
-// Throws unless the attention kernels can run it: bf16 or fp16, head_dim and v_dim multiples of 8 up to 128.
-void check_support(Dtype dtype, const AttentionShape& shape);
+constexpr int kMaxForwardDim = 256, kMaxBackwardDim = 128;
+// Throws unless the attention kernels can run it: bf16 or fp16, head_dim and v_dim multiples of 8 up to most_dim.
+void check_support(Dtype dtype, const AttentionShape& shape, int most_dim);
 
 // q, k, v as heads_map takes them.
 size_t forward_workspace(const ForwardParams& params);

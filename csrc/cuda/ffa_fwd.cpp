@@ -7,21 +7,29 @@
 
 namespace magi::cuda {
 
-void check_support(Dtype dtype, const AttentionShape& shape) {
+void check_support(Dtype dtype, const AttentionShape& shape, int most_dim) {
     const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
     if (dtype != Dtype::kBF16 && dtype != Dtype::kF16)
         fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
     for (const auto& [name, dim] : {std::pair{"q", shape.head_dim}, {"v", shape.v_dim}})
-        if (dim > 128 || dim % 8 != 0)
-            fail(std::string(name) +
-                 " must have a head dimension that is a multiple of 8 and at most 128 on CUDA, got " +
-                 std::to_string(dim));
+        if (dim > most_dim || dim % 8 != 0)
+            fail(std::string(name) + " must have a head dimension that is a multiple of 8 and at most " +
+                 std::to_string(most_dim) + " on CUDA" +
+                 (most_dim == kMaxBackwardDim ? " where gradients are needed" : "") + ", got " + std::to_string(dim));
 }
 
-static bool cut_tiles(const ForwardParams& p) { return worth_cutting(p.shape.num_q, kForwardRows, p.num_slices); }
+// Slices of few rows fill tiles of 128 rows better than those of 192.
+static ForwardShape shape_of(const ForwardParams& p) {
+    const ForwardShape shape = forward_shape(p.shape.head_dim, p.shape.v_dim);
+    const bool few_rows = p.num_slices > 1 && p.shape.num_q / p.num_slices < 1024;
+    if (shape.head_dim == 64 && few_rows && !p.max_logits) return {64, 64, 2, kForwardKeys, kForwardStages};
+    return shape;
+}
+
+static bool cut_tiles(const ForwardParams& p) { return worth_cutting(p.shape.num_q, shape_of(p).rows(), p.num_slices); }
 
 size_t forward_workspace(const ForwardParams& p) {
-    return table_bytes(p.shape.num_q, kForwardRows, p.num_slices, cut_tiles(p));
+    return table_bytes(p.shape.num_q, shape_of(p).rows(), p.num_slices, cut_tiles(p));
 }
 
 // Key/value heads worked on together: as many as the L2 cache holds, so that tiles of one head find each other's keys
@@ -39,20 +47,22 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     const AttentionShape& shape = p.shape;
     if (shape.num_q == 0) return;
     void* stream = current_stream(device);
-    const int dim = std::max(shape.head_dim, shape.v_dim) <= 64 ? 64 : 128;
-    const bool transform = p.softcap > 0 || !(p.softmax_scale > 0);
-    const std::string variant = "ffa_fwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
-                                (transform ? "_transform" : "");
-    const unsigned smem = forward_smem(dim);
-    void* forward = kernel(variant, "ffa_fwd", device, smem);
+    const ForwardShape tile = shape_of(p);
+    const bool transform = p.softcap > 0 || !(p.softmax_scale > 0) || p.max_logits;
+    const bool common = tile.rows() == kForwardRows && tile.keys == kForwardKeys && tile.stages == kForwardStages;
+    const std::string dims = common && !p.max_logits
+                                 ? "ffa_fwd_d" + std::to_string(tile.head_dim)
+                                 : "ffa_fwd_d" + std::to_string(tile.head_dim) + "_v" + std::to_string(tile.v_dim);
+    const std::string variant = dims + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") + (transform ? "_transform" : "");
+    void* forward = kernel(variant, "ffa_fwd", device, tile.smem());
 
     ForwardArgs a{};
-    a.table = build_tiles(workspace, p.slices, p.num_slices, shape.num_q, shape.num_k, kForwardRows, kForwardKeys,
-                          false, device, stream, cut_tiles(p));
-    a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kForwardRows / 2);
+    a.table = build_tiles(workspace, p.slices, p.num_slices, shape.num_q, shape.num_k, tile.rows(), tile.keys, false,
+                          device, stream, cut_tiles(p));
+    a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, tile.rows() / tile.consumers);
     if (shape.num_k > 0) {  // otherwise nothing is loaded
-        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kForwardKeys);
-        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kForwardKeys);
+        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, tile.keys);
+        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, tile.keys);
     }
     a.slices = p.slices;
     a.num_slices = p.num_slices;
@@ -66,18 +76,20 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     a.out_row_stride = p.out.row_stride;
     a.out_head_stride = p.out.head_stride;
     a.out_is_float = p.out_dtype == Dtype::kF32;
+    a.max_logits = static_cast<float*>(p.max_logits);
     a.lse = static_cast<float*>(p.lse);
     a.sink = static_cast<const float*>(p.sink);
     a.num_sinks = p.num_sinks;
     a.out_prev = static_cast<const float*>(p.out_prev);
     a.lse_prev = static_cast<const float*>(p.lse_prev);
     a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+    a.slack = kForwardSlack / a.scale_log2;
     a.scale = static_cast<float>(p.softmax_scale);
     a.softcap = static_cast<float>(p.softcap);
     a.ones = p.dtype == Dtype::kBF16 ? 0x3f803f80u : 0x3c003c00u;
     const int64_t work = (int64_t)a.table.num_tiles * a.num_heads;
     const unsigned blocks = (unsigned)std::min<int64_t>(work, std::max(1, num_sms(device) - p.sm_margin));
-    launch(forward, {blocks}, 384, smem, stream, a, /*overlap=*/true);
+    launch(forward, {blocks}, 128 * (1 + tile.consumers), tile.smem(), stream, a, /*overlap=*/true);
 }
 
 }  // namespace magi::cuda

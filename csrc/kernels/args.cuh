@@ -11,11 +11,32 @@ struct alignas(64) TensorMap {  // encoded by the driver; opaque
 };
 
 // The shape of the forward's work, known to both sides: a tile of rows against steps of keys, streamed through a ring.
+// ffa_fwd.cu has this one, for head dimensions of 64 and 128.
 constexpr int kForwardRows = 128, kForwardKeys = 128, kForwardStages = 3;
 MAGI_HD constexpr unsigned forward_smem(int head_dim) {
     return 2 * head_dim * (kForwardRows + 2 * kForwardStages * kForwardKeys) +
            2048;  // q, k, v; barriers, steps, alignment
 }
+// ffa_fwd_shapes.cu has these: 64 rows of a tile for each consumer. Registers (scores and outputs) and 227 KB of shared
+// memory bound them.
+struct ForwardShape {
+    int head_dim, v_dim, consumers, keys, stages;
+    MAGI_HD constexpr int rows() const { return 64 * consumers; }
+    MAGI_HD constexpr unsigned smem() const {  // as above
+        return 2 * (rows() * head_dim + stages * keys * (head_dim + v_dim)) + 2048;
+    }
+};
+constexpr ForwardShape kForwardShapes[] = {
+    // smaller heads take the first one that holds them, padded with zeros
+    {64, 64, 3, 128, 6}, {128, 128, 2, 128, 3}, {192, 128, 2, 128, 2}, {192, 192, 2, 112, 2}, {256, 256, 2, 80, 2},
+};
+MAGI_HD constexpr ForwardShape forward_shape(int head_dim, int v_dim) {
+    int i = 0;
+    while (kForwardShapes[i].head_dim < head_dim || kForwardShapes[i].v_dim < v_dim) ++i;
+    return kForwardShapes[i];
+}
+
+constexpr float kForwardSlack = 8;  // log2 units that a score may exceed the maximum in use
 
 // ffa_fwd.cu. Tensor maps are [rows, heads, dim]; strides in elements.
 struct ForwardArgs {
@@ -29,12 +50,14 @@ struct ForwardArgs {
     long long out_row_stride, out_head_stride;
     int out_is_float;
     float* lse;         // [num_q, num_heads]
+    float* max_logits;  // [num_heads] or null; variants with a transform only
     const float* sink;  // [num_sinks, num_heads]
     int num_sinks;
     const float* out_prev;  // [num_q, num_heads, v_dim] or null
     const float* lse_prev;
     float scale_log2;  // softmax_scale * log2(e); variants with a transform use the next two instead
     float scale, softcap;
+    float slack;    // kForwardSlack in units of the raw scores
     unsigned ones;  // two elements of 1, unknown to the compiler
 };
 

@@ -44,6 +44,16 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether x holds in any of the threads.
+__device__ __forceinline__ bool named_any(int id, int threads, bool x) {
+    int any;
+    asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
+                 : "=r"(any)
+                 : "r"(static_cast<int>(x)), "r"(id), "r"(threads)
+                 : "memory");
+    return any;
+}
+
 // ---- bulk copies ----
 // One box of a [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& bar, int dim, int head, int row) {
@@ -79,6 +89,13 @@ __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.w
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// threadIdx.x, read where it is needed and not kept in a register.
+__device__ __forceinline__ u32 thread_index() {
+    u32 i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+    return i;
+}
 
 // The same value in all lanes, told to the compiler: it then lives in uniform registers, as descriptors and branches
 // like it.
@@ -184,6 +201,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
+}
+// Floats of one sign order like integers, and every negative one is the larger unsigned number. Not for NaN.
+__device__ __forceinline__ void atomic_max(float* at, float x) {
+    if (__float_as_int(x) >= 0)
+        atomicMax(reinterpret_cast<int*>(at), __float_as_int(x));
+    else
+        atomicMin(reinterpret_cast<u32*>(at), __float_as_uint(x));
 }
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

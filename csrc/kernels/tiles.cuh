@@ -43,7 +43,7 @@ struct TileTable {
     int cut;  // tiles also begin where slices do: num_tiles is a bound then, and the header has the number
 };
 
-// Tiles of a cut table carry their rows beside `first`, which stays below 2^24.
+// Tiles of a cut table carry their rows - 1 (up to 255, unsigned) beside `first`, which stays below 2^24.
 constexpr int kRowsShift = 24;
 constexpr int kMaxCuts = 255;  // slices of a cut table: one block orders their first rows
 

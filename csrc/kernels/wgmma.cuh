@@ -49,100 +49,92 @@ constexpr bool kIsBf16<bf16> = true;
 #define MAGI_D8(o)                                                                                              \
     "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3]), "+f"(d[o + 4]), "+f"(d[o + 5]), "+f"(d[o + 6]), \
         "+f"(d[o + 7])
-#define MAGI_D32(o) MAGI_D8(o), MAGI_D8(o + 8), MAGI_D8(o + 16), MAGI_D8(o + 24)
-#define MAGI_REGS_64                                                                  \
-    "{"                                                                               \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 " \
-    "}"
+#define MAGI_D16(o) MAGI_D8(o), MAGI_D8(o + 8)
+#define MAGI_D32(o) MAGI_D16(o), MAGI_D16(o + 16)
+
+// The accumulators of an instruction N columns wide, N / 2 a thread: operands, and their names in its text.
+#define MAGI_D_32 MAGI_D16(0)
 #define MAGI_D_64 MAGI_D32(0)
-#define MAGI_REGS_32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define MAGI_D_32 MAGI_D8(0), MAGI_D8(8)
-#define MAGI_REGS_128                                                                  \
-    "{"                                                                                \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "  \
-    "}"
-#define MAGI_D_128 MAGI_D32(0), MAGI_D32(32)
+#define MAGI_D_80 MAGI_D_64, MAGI_D8(32)
+#define MAGI_D_112 MAGI_D_80, MAGI_D16(40)
+#define MAGI_D_128 MAGI_D_64, MAGI_D32(32)
+#define MAGI_D_192 MAGI_D_128, MAGI_D32(64)
+#define MAGI_D_256 MAGI_D_192, MAGI_D32(96)
+#define MAGI_NAMES_32                  \
+    "%0, %1, %2, %3, %4, %5, %6, %7, " \
+    "%8, %9, %10, %11, %12, %13, %14, %15"
+#define MAGI_NAMES_64                          \
+    MAGI_NAMES_32                              \
+    ", "                                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define MAGI_NAMES_80 \
+    MAGI_NAMES_64     \
+    ", "              \
+    "%32, %33, %34, %35, %36, %37, %38, %39"
+#define MAGI_NAMES_112                         \
+    MAGI_NAMES_80                              \
+    ", "                                       \
+    "%40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55"
+#define MAGI_NAMES_128 \
+    MAGI_NAMES_112     \
+    ", "               \
+    "%56, %57, %58, %59, %60, %61, %62, %63"
+#define MAGI_NAMES_192                         \
+    MAGI_NAMES_128                             \
+    ", "                                       \
+    "%64, %65, %66, %67, %68, %69, %70, %71, " \
+    "%72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, " \
+    "%88, %89, %90, %91, %92, %93, %94, %95"
+#define MAGI_NAMES_256                                 \
+    MAGI_NAMES_192                                     \
+    ", "                                               \
+    "%96, %97, %98, %99, %100, %101, %102, %103, "     \
+    "%104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, " \
+    "%120, %121, %122, %123, %124, %125, %126, %127"
+
+// One instruction; the numbers are those of its operands behind the accumulators.
+#define MAGI_WGMMA(N, TYPE, A, B, P, TRANS)                                                                       \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+    " {" MAGI_NAMES_##N "}, " A ", %" #B ", p, 1, 1, " TRANS ";\n}"
+#define MAGI_WGMMA_SS(N, TYPE, A, B, P, TA, TB)                       \
+    asm volatile(MAGI_WGMMA(N, TYPE, "%" #A, B, P, "%" #TA ", %" #TB) \
+                 : MAGI_D_##N                                         \
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB))
+#define MAGI_WGMMA_RS(N, TYPE, A0, A1, A2, A3, B, P, TB)                                        \
+    asm volatile(MAGI_WGMMA(N, TYPE, "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}", B, P, "%" #TB) \
+                 : MAGI_D_##N                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB))
+#define MAGI_BY_TYPE(FORM, N, ...)        \
+    do {                                  \
+        if constexpr (kIsBf16<T>)         \
+            FORM(N, "bf16", __VA_ARGS__); \
+        else                              \
+            FORM(N, "f16", __VA_ARGS__);  \
+    } while (0)
 
 // d = A B (+ d), one step of 16 along k; A and B in shared memory. kTrans: 0 = K-major, 1 = MN-major.
 template <class T, int N, int kTransA, int kTransB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
-    static_assert(N == 32 || N == 64 || N == 128, "add the instruction shape above");
-    if constexpr (N == 32 && kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " MAGI_REGS_32 ", %16, %17, p, 1, 1, %19, %20;\n}"
-            : MAGI_D_32
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    } else if constexpr (N == 32 && !kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " MAGI_REGS_32
-            ", %16, %17, p, 1, 1, %19, %20;\n}"
-            : MAGI_D_32
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    } else if constexpr (N == 64 && kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64 ", %32, %33, p, 1, 1, %35, %36;\n}"
-            : MAGI_D_64
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    } else if constexpr (N == 64 && !kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
-            ", %32, %33, p, 1, 1, %35, %36;\n}"
-            : MAGI_D_64
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    } else if constexpr (N == 128 && kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
-            ", %64, %65, p, 1, 1, %67, %68;\n}"
-            : MAGI_D_128
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    } else if constexpr (N == 128 && !kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128 ", %64, %65, p, 1, 1, %67, %68;\n}"
-            : MAGI_D_128
-            : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
-    }
+    static_assert(N == 32 || N == 64 || N == 80 || N == 112 || N == 128, "add the instruction shape here");
+    if constexpr (N == 32) MAGI_BY_TYPE(MAGI_WGMMA_SS, 32, 16, 17, 18, 19, 20);
+    if constexpr (N == 64) MAGI_BY_TYPE(MAGI_WGMMA_SS, 64, 32, 33, 34, 35, 36);
+    if constexpr (N == 80) MAGI_BY_TYPE(MAGI_WGMMA_SS, 80, 40, 41, 42, 43, 44);
+    if constexpr (N == 112) MAGI_BY_TYPE(MAGI_WGMMA_SS, 112, 56, 57, 58, 59, 60);
+    if constexpr (N == 128) MAGI_BY_TYPE(MAGI_WGMMA_SS, 128, 64, 65, 66, 67, 68);
 }
 
 // The same with A in registers (see the layout above).
 template <class T, int N, int kTransB>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const u32 (&a)[4], u64 b, int accumulate) {
-    static_assert(N == 64 || N == 128, "add the instruction shape above");
-    if constexpr (N == 64 && kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " MAGI_REGS_64
-            ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-            : MAGI_D_64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
-    } else if constexpr (N == 64 && !kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " MAGI_REGS_64
-            ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
-            : MAGI_D_64
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
-    } else if constexpr (N == 128 && kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " MAGI_REGS_128
-            ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-            : MAGI_D_128
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
-    } else if constexpr (N == 128 && !kIsBf16<T>) {
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %69, "
-            "0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " MAGI_REGS_128
-            ", {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-            : MAGI_D_128
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransB));
-    }
+    static_assert(N == 64 || N == 128 || N == 192 || N == 256, "add the instruction shape here");
+    if constexpr (N == 64) MAGI_BY_TYPE(MAGI_WGMMA_RS, 64, 32, 33, 34, 35, 36, 37, 38);
+    if constexpr (N == 128) MAGI_BY_TYPE(MAGI_WGMMA_RS, 128, 64, 65, 66, 67, 68, 69, 70);
+    if constexpr (N == 192) MAGI_BY_TYPE(MAGI_WGMMA_RS, 192, 96, 97, 98, 99, 100, 101, 102);
+    if constexpr (N == 256) MAGI_BY_TYPE(MAGI_WGMMA_RS, 256, 128, 129, 130, 131, 132, 133, 134);
 }
 
 }  // namespace magi

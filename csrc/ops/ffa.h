@@ -10,8 +10,8 @@ namespace magi {
 
 struct ForwardCall {
     ForwardParams params;
-    Tensor out, lse;
-    std::vector<Tensor> inputs;  // owners of what params points to
+    Tensor out, lse, max_logits;  // max_logits undefined where not asked for
+    std::vector<Tensor> inputs;   // owners of what params points to
 };
 
 struct BackwardCall {
@@ -31,7 +31,7 @@ struct DeltaCall {
 ForwardCall check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
                           const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
                           const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                          int64_t sm_margin, std::optional<ScalarType> out_dtype);
+                          int64_t sm_margin, std::optional<ScalarType> out_dtype, bool max_logits = false);
 
 BackwardCall check_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
                             const Tensor& delta, const Tensor& slices, const std::optional<Tensor>& dq_prev,

@@ -1,5 +1,6 @@
 // Border of the attention ops: from tensors to parameter structs. Built into both libraries.
 #include <cmath>
+#include <limits>
 
 #include "ops/ffa.h"
 
@@ -63,7 +64,7 @@ void check_slice_values(const Slice* slices, int64_t num_slices, int64_t num_q, 
 ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& slices_in,
                           const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
                           const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                          int64_t sm_margin, std::optional<ScalarType> out_dtype) {
+                          int64_t sm_margin, std::optional<ScalarType> out_dtype, bool max_logits) {
     ForwardCall call;
     const AttentionShape shape = check_qkv(q_in, k_in, v_in);
     const ScalarType type = q_in.scalar_type(), acc = accumulation_dtype(type);
@@ -103,6 +104,10 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
 
     call.out = new_empty(q, {shape.num_q, shape.num_q_heads, shape.v_dim}, out_type);
     call.lse = new_empty(q, {shape.num_q, shape.num_q_heads}, acc);
+    if (max_logits) {
+        call.max_logits = new_empty(q, {shape.num_q_heads}, acc);
+        torch::stable::fill_(call.max_logits, -std::numeric_limits<double>::infinity());
+    }
     call.params = {shape,
                    float_dtype(type, "q"),
                    float_dtype(out_type, "out_dtype"),
@@ -119,7 +124,8 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
                    call.lse.data_ptr(),
                    softmax_scale,
                    softcap,
-                   (int)sm_margin};
+                   (int)sm_margin,
+                   max_logits ? call.max_logits.data_ptr() : nullptr};
     return call;
 }
 

@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(magi, m) {
         "float softmax_scale, float softcap=0.0, int sm_margin=0, ScalarType? out_dtype=None, Tensor[]? after=None) "
         "-> (Tensor out, Tensor lse)");
     m.def(
+        "ffa_max_logits(Tensor q, Tensor k, Tensor v, Tensor slices, Tensor? sink=None, *, float? softmax_scale=None, "
+        "float softcap=0.0, bool deterministic=False, int sm_margin=0) -> (Tensor out, Tensor lse, Tensor max_logits)");
+    m.def(
+        "ffa_fwd_max_logits(Tensor q, Tensor k, Tensor v, Tensor slices, *, Tensor? sink=None, Tensor? out_prev=None, "
+        "Tensor? lse_prev=None, float softmax_scale, float softcap=0.0, int sm_margin=0, ScalarType? out_dtype=None, "
+        "Tensor[]? after=None) -> (Tensor out, Tensor lse, Tensor max_logits)");
+    m.def(
         "ffa_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor slices, *, Tensor? "
         "dq_prev=None, "
         "float softmax_scale, float softcap=0.0, bool deterministic=False, int sm_margin=0, ScalarType? "

@@ -41,7 +41,7 @@ class Variant:
 
 
 def _forward_variants() -> list[Variant]:
-    return [
+    common = [
         Variant(
             f"ffa_fwd_d{dim}_{dtype}{'_transform' if transform else ''}",
             "ffa_fwd.cu",
@@ -52,6 +52,19 @@ def _forward_variants() -> list[Variant]:
         for dtype in ("bf16", "f16")
         for transform in (0, 1)  # softcap, or a softmax_scale that is not positive
     ]
+    shapes = [
+        Variant(
+            f"ffa_fwd_d{dim}_v{v_dim}_{dtype}{'_transform' if transform else ''}",
+            "ffa_fwd_shapes.cu",
+            (("HEAD_DIM", str(dim)), ("V_DIM", str(v_dim)), ("ELEMENT", dtype), ("TRANSFORM", str(transform))),
+            128 if dim == 64 else 168,  # of 512 threads, or of 384
+        )
+        for dim, v_dim in ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))  # kForwardShapes in args.cuh
+        for dtype in ("bf16", "f16")
+        for transform in (0, 1)  # also for max_logits, which at 128 is all that these are for
+        if transform or dim != 128
+    ]
+    return common + shapes
 
 
 def _backward_variants() -> list[Variant]:

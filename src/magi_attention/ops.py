@@ -5,7 +5,7 @@ SymInt-clean), the gradient, and the FLOP count.
 
 | op | differentiable |
 |---|---|
-| `ffa`, `ffa.slices` | in q, k, v and sink, through out and through lse |
+| `ffa`, `ffa.slices`, `ffa_max_logits` | in q, k, v and sink, through out and through lse |
 | `range_gather`, `range_scatter_reduce`, `merge_partials` | yes |
 | `ffa_fwd`, `ffa_bwd`, `ffa_delta` | no: raw kernels, which raise where a gradient would be needed |
 """
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.mask import Mask, slice_areas
 
-__all__ = ["accumulation_dtype", "area_of", "flex_attend", "raise_if_grad", "sink_gradient"]
+__all__ = ["accumulation_dtype", "area_of", "flex_attend", "raise_if_grad", "raise_if_no_backward", "sink_gradient"]
 
 
 def _load(library: str) -> Path:
@@ -47,6 +47,7 @@ if torch.version.cuda is not None:
     jit.attach(_load("libmagi_cuda.so"))
 _ops = torch.ops.magi
 _library = torch.library.Library("magi", "IMPL")
+_MAX_CUDA_BACKWARD_DIM = 128  # kMaxBackwardDim of csrc/cuda/cuda.h
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -132,8 +133,12 @@ def _(q, k, v, slices, sink=None, *, softmax_scale=None, softcap=0.0, determinis
     return _forward_fake(q, v)
 
 
-@torch.library.register_fake("magi::ffa_fwd")
-def _(
+@torch.library.register_fake("magi::ffa_max_logits")
+def _(q, k, v, slices, sink=None, *, softmax_scale=None, softcap=0.0, deterministic=False, sm_margin=0):
+    return *_forward_fake(q, v), q.new_empty(q.shape[1], dtype=accumulation_dtype(q.dtype))
+
+
+def _ffa_fwd_fake(
     q,
     k,
     v,
@@ -149,6 +154,14 @@ def _(
     after=None,
 ):
     return _forward_fake(q, v, out_dtype)
+
+
+torch.library.register_fake("magi::ffa_fwd")(_ffa_fwd_fake)
+
+
+@torch.library.register_fake("magi::ffa_fwd_max_logits")
+def _(q, *args, **kwargs):
+    return *_ffa_fwd_fake(q, *args, **kwargs), q.new_empty(q.shape[1], dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.register_fake("magi::ffa_bwd")
@@ -188,15 +201,26 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(torch.nan_to_num(share, nan=0.0, posinf=0.0) * delta).sum(1)
 
 
+def raise_if_no_backward(q: Tensor, v: Tensor) -> None:
+    """Raises RuntimeError where the forward is supported but its gradient is not."""
+    if q.is_cuda and max(q.shape[2], v.shape[2]) > _MAX_CUDA_BACKWARD_DIM:
+        raise RuntimeError(
+            f"q and v must have head dimensions of at most {_MAX_CUDA_BACKWARD_DIM} on CUDA where gradients are "
+            f"needed, got {q.shape[2]} and {v.shape[2]}; without them (torch.no_grad) up to 256 work, on the CPU any"
+        )
+
+
 def _ffa_setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     q, k, v, slices, sink = inputs
-    out, lse = output
+    out, lse, *rest = output
+    raise_if_no_backward(q, v)
+    ctx.mark_non_differentiable(*rest)  # max_logits
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, slices, sink, out, lse)
     ctx.options = keyword_only_inputs
 
 
-def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | None):
     q, k, v, slices, sink, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return None, None, None, None, None
@@ -211,9 +235,10 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     return dq, dk, dv, None, dsink
 
 
-torch.library.register_autograd("magi::ffa.slices", _ffa_backward, setup_context=_ffa_setup_context)
+for _name in ("magi::ffa.slices", "magi::ffa_max_logits"):
+    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context)
 
-for _op in (_ops.ffa_fwd.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
+for _op in (_ops.ffa_fwd.default, _ops.ffa_fwd_max_logits.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
     raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
 
 
@@ -233,7 +258,9 @@ def _backward_flops(dout, q, k, v, lse, delta, slices, *args, out_val=None, **kw
     return 2 * area_of(q, k, slices) * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
 
 
-register_flop_formula([_ops.ffa, _ops.ffa_fwd], get_raw=True)(_forward_flops)
+register_flop_formula([_ops.ffa, _ops.ffa_fwd, _ops.ffa_max_logits, _ops.ffa_fwd_max_logits], get_raw=True)(
+    _forward_flops
+)
 register_flop_formula(_ops.ffa_bwd, get_raw=True)(_backward_flops)
 
 
@@ -319,7 +346,8 @@ def flex_attend(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
+    return_max_logits: bool = False,
+) -> tuple[Tensor, ...]:
     """Exact attention of q over k and v under `mask`, on one device.
 
     Args:
@@ -333,10 +361,13 @@ def flex_attend(
         softmax_scale: factor on q k^T, `head_dim ** -0.5` by default.
         softcap: c > 0 replaces each scaled score s by c tanh(s / c); 0 leaves it.
         deterministic: gradients that are bitwise equal from run to run (outputs always are).
+        return_max_logits: also find the largest logit of each head; on CUDA this takes a slower kernel.
 
     Returns:
         out `[mask.total_q, heads, v_dim]` in the dtype of q, and lse `[mask.total_q, heads]`, the natural log of the
-        softmax denominator (sink included), float32 (float64 for float64 q). Gradients flow through both.
+        softmax denominator (sink included), float32 (float64 for float64 q). Gradients flow through both. On request
+        also max_logits `[heads]` in the dtype of lse, the largest scaled and capped score of an allowed cell (sinks are
+        none), -inf where there is no cell; not differentiable.
 
     Raises:
         ValueError: q, k or v do not have the mask's lengths.
@@ -349,7 +380,7 @@ def flex_attend(
     for name, tensor, total in (("q", q, mask.total_q), ("k", k, mask.total_k), ("v", v, mask.total_k)):
         if tensor.shape[0] != total:
             raise ValueError(f"{name} must have the mask's {total} rows, got shape {list(tensor.shape)}")
-    return _ops.ffa.slices(
+    return (_ops.ffa_max_logits.default if return_max_logits else _ops.ffa.slices)(
         q,
         k,
         v,

@@ -1,0 +1,556 @@
+// Attention forward over band slices, in shapes other than that of ffa_fwd.cu: head dimensions up to 256, values of
+// another width than keys, three consumers at head dimension 64; and the largest score of each head on request. The
+// pipeline is that of ffa_fwd.cu, whose comments hold here too. What differs is how it fits into the registers:
+//  - the producer's state lives in shared memory where consumers need its registers;
+//  - weights may overwrite the scores, to be packed after the product that reads the step before. Then a plain step
+//  looks
+//    first whether a score is far above the maximum in use: there is nothing left to weigh again.
+//
+// Macros: HEAD_DIM and V_DIM of one of kForwardShapes (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16,
+// TRANSFORM 0 or 1 (scores are scaled and capped one by one, for softcap, for scales that are not positive, and where
+// the largest score of each head is asked for).
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace magi {
+
+using T = ELEMENT;
+constexpr ForwardShape kShape = forward_shape(HEAD_DIM, V_DIM);
+static_assert(kShape.head_dim == HEAD_DIM && kShape.v_dim == V_DIM);
+constexpr int kParts = HEAD_DIM / 64, kVParts = V_DIM / 64;  // a TMA box is 64 elements wide
+constexpr int kConsumers = kShape.consumers;                 // warpgroups of 64 rows
+constexpr int kRows = 64, kTileRows = kShape.rows(), kKeys = kShape.keys, kStages = kShape.stages;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kUnroll = kConsumers == 2 ? 2 : 1;  // of the producer's loops
+constexpr bool kWalkInRegisters = HEAD_DIM == 128 || V_DIM == 192;
+constexpr int kProducerRegisters = kWalkInRegisters ? 72 : kConsumers == 2 ? 40 : 32;
+constexpr int kConsumerRegisters = kWalkInRegisters ? 216 : kConsumers == 2 ? 232 : 160;
+constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
+// The softmax of a step runs beside the product of the step before, but for the one variant short of registers.
+constexpr bool kOverlap = V_DIM <= 192 && !(TRANSFORM && kConsumers == 3);
+// Weights are packed while the product of the step before reads its own, where registers allow; after it otherwise.
+constexpr bool kPackEarly = 2 * kScores + kOuts + 24 <= kConsumerRegisters;
+constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
+
+struct Work {                         // one consumer's share of a tile
+    int row0, row1, head, num_steps;  // num_steps < 0: no more work
+    u32 round;                        // tiles up to this one
+};
+struct Step {  // one k tile; keys from key0 on
+    int key0, end, lo, hi;
+    int row0, row1;
+    int met[kConsumers];  // each consumer's TileClass, and from bit 2 on how many steps after this one are full for it
+};
+
+struct Item {  // a tile of one head
+    int head, row0, row1, first, num_slices, num_steps;
+};
+struct Walk {  // of the producer
+    Item item;
+    Slice slice;
+    Range keys, full[kConsumers];
+    int num_tiles, kv_head, next_head, index, steps_left;  // index: of the slice in the tile
+    u32 round;                                             // tiles so far
+};
+
+struct Smem {
+    u16 q[kConsumers][kParts][kRows * 64];
+    u16 k[kStages][kParts][kKeys * 64], v[kStages][kVParts][kKeys * 64];
+    Step step[kStages];
+    Work work[kConsumers], mine[kConsumers][4];  // mine: a warp's copy, until its rows are written
+    Walk walk;                                   // where consumers need the registers
+    u64 q_full[kConsumers], q_free[kConsumers], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+};
+
+static_assert(sizeof(Smem) + 1024 <= kShape.smem() && kShape.smem() <= 227 * 1024);
+
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// ---- producer ----
+__device__ int4 tile_of(const ForwardArgs& a, int num_tiles, int work, int& head) {
+    work = min(work, num_tiles * a.num_heads - 1);
+    const int section = work / (num_tiles * a.section_heads), first_head = section * a.section_heads;
+    const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * num_tiles;
+    head = first_head + at % heads;
+    return __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
+}
+__device__ Item item_of(const ForwardArgs& a, int4 tile, int head) {
+    const int rows = a.table.cut ? (static_cast<u32>(tile.y) >> kRowsShift) + 1 : kTileRows;
+    const int first = a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
+    return {head, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
+}
+
+// First keys of the steps, in a walk from column col0 on, that are full for rows [row0, row1): begin, and past the
+// last.
+__device__ Range full_keys(const Slice& c, int row0, int row1, int col0) {
+    const int first = max(0, row1 - 1 + c.lo - col0), last = min(c.k1, row0 + c.hi + 1) - col0;
+    const int steps = c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0;
+    return {col0 + ceil_div(first, kKeys) * kKeys, col0 + steps * kKeys};
+}
+
+__device__ void load_tiles(const ForwardArgs& a, Smem& s) {
+    wait_for_earlier_kernels();  // the one that builds the table
+    Walk own;
+    Walk& walk = kWalkInRegisters ? own : s.walk;
+    walk.num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
+    const Item& item = walk.item;
+    const Slice& c = walk.slice;
+    Ring ring;
+    int work = blockIdx.x;
+    int4 next_tile = tile_of(a, walk.num_tiles, work, walk.next_head);
+    for (walk.round = 0; work < walk.num_tiles * a.num_heads; ++walk.round) {
+        walk.item = item_of(a, next_tile, walk.next_head);
+        walk.kv_head = item.head / a.heads_per_kv;
+        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
+        // enough to arrive before this one ends.
+        int next = -1;
+        walk.steps_left = item.num_steps;
+        auto look_ahead = [&] {
+            if (walk.steps_left <= 4 && next < 0)
+                next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+            else if (walk.steps_left <= 2)
+                next_tile = tile_of(a, walk.num_tiles, next, walk.next_head);
+        };
+        auto load_q = [&] {
+#pragma unroll kUnroll
+            for (int w = 0; w < kConsumers; ++w) {
+                barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
+                s.work[w] = {item.row0 + kRows * w, item.row1, item.head, item.num_steps, walk.round + 1};
+                barrier_arrive_expect(s.q_full[w], item.num_steps ? sizeof(s.q[w]) : 0);
+#pragma unroll 1
+                for (int h = 0; h < kParts && item.num_steps; ++h)
+                    tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
+            }
+        };
+        bool q_loaded = item.num_steps == 0;
+        if (q_loaded) load_q();
+
+        for (walk.index = 0; walk.index < item.num_slices; ++walk.index) {
+            if (item.first >= 0) {
+                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + walk.index);
+                const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
+                walk.slice = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
+            } else {
+                walk.slice = table_slice(a.slices[walk.index], a.num_q, a.num_k, false);
+            }
+            walk.keys = tile_columns(c, item.row0, item.row1);
+#pragma unroll kUnroll
+            for (int w = 0; w < kConsumers; ++w)
+                walk.full[w] =
+                    full_keys(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), item.row1), walk.keys.begin);
+            int key0 = walk.keys.begin;
+            for (; key0 < walk.keys.end; key0 += kKeys, --walk.steps_left) {
+                look_ahead();
+                barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
+                Step& step = s.step[ring.stage];
+                step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
+#pragma unroll kUnroll
+                for (int w = 0; w < kConsumers; ++w) {
+                    const Range full = walk.full[w];
+                    const int run = key0 + kKeys >= full.begin ? max(0, (full.end - key0) / kKeys - 1) : 0;
+                    int met = kTileFull;
+                    if (key0 < full.begin || key0 >= full.end) {
+                        const int row0 = item.row0 + kRows * w;
+                        met = block_class(c, row0, min(row0 + kRows, item.row1), key0, kKeys);
+                    }
+                    step.met[w] = met | run << 2;
+                }
+                barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
+#pragma unroll 1
+                for (int h = 0; h < kParts; ++h)
+                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, walk.kv_head, key0);
+                if (!q_loaded)
+                    load_q();  // after the first keys: these need not wait for the previous tile's last product
+                q_loaded = true;
+                barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
+                barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
+#pragma unroll 1
+                for (int h = 0; h < kVParts; ++h)
+                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, walk.kv_head, key0);
+                ring.advance();
+            }
+        }
+        look_ahead();
+        look_ahead();
+        work = next;
+    }
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+        barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
+        s.work[w].num_steps = -1;
+        barrier_arrive(s.q_full[w]);
+    }
+}
+
+// ---- consumers ----
+constexpr float kLimit =
+    1 << 15;  // of the sum of a thread's weights: more than 2^kForwardSlack times them all, less than f16 holds
+
+enum Mode { kPlain, kCareful, kMasked };  // of a consumer's step
+
+struct Rows {       // softmax state of a thread's two rows, r and r + 8
+    float most[2];  // the maximum in use: at most kForwardSlack below the true one
+    float sum[2], rescale[2];
+    float found[2];  // the largest scores that the last search saw
+};
+
+// Scores in log2 units where they are transformed one by one; otherwise they stay raw and the scale is folded into the
+// exponent.
+__device__ __forceinline__ void transform_scores(const ForwardArgs& a, float (&d)[kScores]) {
+    if (a.softcap > 0) {
+        const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) d[i] = outer - __fdividef(2 * outer, exp2_fast(d[i] * inner) + 1);  // tanh
+    } else {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) d[i] *= a.scale_log2;
+    }
+}
+
+__device__ __forceinline__ void mask_scores(const Step& step, int row, int column, float (&d)[kScores]) {
+    int first[2], last[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int q = row + 8 * e;
+        first[e] = q + step.lo - step.key0 - column;
+        last[e] = min(step.end, q + step.hi + 1) - step.key0 - column;
+        if (q < step.row0 || q >= step.row1) last[e] = -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        const int at = i / 4 * 8 + i % 2, e = i / 2 % 2;
+        if (at < first[e] || at >= last[e]) d[i] = -infinity();
+    }
+}
+
+// Moves the rows' maximum and says whether outputs of this warp have to be rescaled for it.
+__device__ __forceinline__ bool move_maximum(float scale, float slack, const float (&d)[kScores], Rows& rows) {
+    float most[2], odd_most[2];  // two chains a row keep the arithmetic units busy
+#pragma unroll
+    for (int e = 0; e < 2; ++e) most[e] = d[2 * e], odd_most[e] = d[2 * e + 1];
+#pragma unroll
+    for (int i = 4; i < kScores; i += 2) {
+        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+        odd_most[i / 2 % 2] = fmaxf(odd_most[i / 2 % 2], d[i + 1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        most[e] = fmaxf(most[e], odd_most[e]);
+        most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 1));
+        most[e] = fmaxf(most[e], __shfl_xor_sync(~0u, most[e], 2));
+        rows.found[e] = most[e];
+    }
+    const bool grew = __any_sync(~0u, most[0] > rows.most[0] + slack || most[1] > rows.most[1] + slack);
+    if (grew) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            most[e] = fmaxf(most[e], rows.most[e]);
+            rows.rescale[e] = most[e] == -infinity() ? 1.f : exp2_fast((rows.most[e] - most[e]) * scale);
+            rows.most[e] = most[e];
+            rows.sum[e] *= rows.rescale[e];
+        }
+    }
+    return grew;
+}
+
+// Whether a weight of the warp would be too large for the maximum in use.
+__device__ __forceinline__ bool too_high(const float (&d)[kScores], const Rows& rows, float slack) {
+    float most[2] = {d[0], d[2]}, odd_most[2] = {d[1], d[3]};
+#pragma unroll
+    for (int i = 4; i < kScores; i += 2) {
+        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+        odd_most[i / 2 % 2] = fmaxf(odd_most[i / 2 % 2], d[i + 1]);
+    }
+    return __any_sync(
+        ~0u, fmaxf(most[0], odd_most[0]) > rows.most[0] + slack || fmaxf(most[1], odd_most[1]) > rows.most[1] + slack);
+}
+
+// p = exp2(score - most), packed as the next product's operand or else in the place of the scores, and their sums by
+// row. Rows that saw no key yet have most = -inf; 0 is subtracted there.
+__device__ __forceinline__ void weigh_scores(float scale, float (&d)[kScores], const Rows& rows,
+                                             u32 (&p)[kKeys / 16][4], float (&sum)[2]) {
+    float base[2], odd_sum[2] = {0, 0};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        base[e] = rows.most[e] == -infinity() ? 0.f : rows.most[e] * scale;
+        sum[e] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+        const int e = i / 2 % 2;
+        const float even = exp2_fast(d[i] * scale - base[e]), odd = exp2_fast(d[i + 1] * scale - base[e]);
+        sum[e] += even;
+        odd_sum[e] += odd;
+        if constexpr (kPackEarly)
+            p[i / 8][i / 2 % 4] = pack<T>(even, odd);
+        else
+            d[i] = even, d[i + 1] = odd;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) sum[e] += odd_sum[e];
+}
+
+__device__ __forceinline__ float log_add_exp(float x, float y) {
+    const float most = fmaxf(x, y), least = fminf(x, y);
+    return most == -infinity() ? most : most + __logf(1 + __expf(least - most));
+}
+
+// Joins sinks and the previous partial, divides, writes out and lse.
+__device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& work, int row, int column, float scale,
+                                           const Rows& rows, float (&o)[kOuts]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        float sum = rows.sum[e];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const int q = row + 8 * e;
+        const bool valid = q < work.row1;
+        const long long at = static_cast<long long>(q) * a.num_heads + work.head;
+        const float own = sum == 0 ? -infinity() : rows.most[e] * scale * kLn2 + __logf(sum);
+        const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();
+        float lse = log_add_exp(own, prev);
+        for (int n = 0; n < a.num_sinks; ++n) lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + work.head));
+        const float keep = prev > -infinity() ? __expf(prev - lse) : 0.f;
+        const float weight = sum == 0 ? 0.f : __expf(own - lse) / sum;
+#pragma unroll
+        for (int i = 2 * e; i < kOuts; i += 4) {
+            o[i] *= weight;
+            o[i + 1] *= weight;
+        }
+        if (a.lse_prev && valid) {
+            const float* before = a.out_prev + at * a.v_dim + column;
+#pragma unroll
+            for (int i = 2 * e; i < kOuts; i += 4) {
+                if (i / 4 * 8 < a.v_dim) {
+                    const float2 x = *reinterpret_cast<const float2*>(before + i / 4 * 8);
+                    o[i] += keep * x.x;
+                    o[i + 1] += keep * x.y;
+                }
+            }
+        }
+        if (valid && lane % 4 == 0) a.lse[at] = lse;
+        const long long to = q * a.out_row_stride + work.head * a.out_head_stride;
+        if (a.out_is_float) {
+            float* out = static_cast<float*>(a.out) + to + column;
+#pragma unroll
+            for (int i = 2 * e; i < kOuts; i += 4)
+                if (valid && i / 4 * 8 < a.v_dim)
+                    *reinterpret_cast<float2*>(out + i / 4 * 8) = make_float2(o[i], o[i + 1]);
+        } else {
+            u16* out = static_cast<u16*>(a.out) + to;
+#pragma unroll
+            for (int b = 0; b < kOuts; b += 16) {  // four blocks of eight columns: 16 bytes a lane
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[b + 4 * i + 2 * e], o[b + 4 * i + 2 * e + 1]);
+                transpose_quad(x, lane);
+                const int c = b * 2 + lane % 4 * 8;
+                if (valid && c < a.v_dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+        }
+    }
+}
+
+__device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
+    const int lane = threadIdx.x % 32;
+    // The accumulators' layout: wgmma.cuh.
+    auto row = [] { return static_cast<int>(thread_index() % 128 / 32 * 16 + thread_index() % 32 / 4); };
+    auto column = [] { return static_cast<int>(thread_index() % 4 * 2); };
+    const float scale = TRANSFORM ? 1.f : a.scale_log2;
+    const float slack = TRANSFORM ? kForwardSlack : a.slack;
+    const u32 q_addr = smem_addr(s.q[w][0]);
+    const bool look_always = TRANSFORM && a.max_logits;
+    float d[kScores], o[kOuts];
+    u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
+    float sum[2];
+    Rows rows;
+    u32 ones = 0;
+    if (kPackEarly) asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
+
+    auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
+    auto pass_turn = [&] { named_arrive(kTurnBarrier + (w + 1) % kConsumers, 256); };
+    auto release = [&](u64& bar) {
+        if (lane == 0) barrier_arrive(bar);  // every warp by itself
+    };
+    auto issue_scores = [&](int stage) {
+        const Operand q(q_addr, 16, 1024), k(smem_addr(s.k[0][0]) + stage * sizeof(s.k[0]), 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 16; ++i)
+            wgmma_ss<T, kKeys, 0, 0>(d, q.at(i / 4 * sizeof(s.q[0][0]) + 32 * (i % 4)),
+                                     k.at(i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4)), i);
+        wgmma_commit();
+    };
+    auto issue_outs = [&](int stage) {
+        const Operand v(smem_addr(s.v[0][0]) + stage * sizeof(s.v[0]), sizeof(s.v[0][0]), 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, V_DIM, 1>(o, p[i], v.at(2048 * i), 1);
+        wgmma_commit();
+    };
+    auto met_at = [&](int stage) { return uniform(s.step[stage].met[w]); };
+    Ring ring;
+    if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
+    Work& work = s.mine[w][threadIdx.x % 128 / 32];
+    if (lane == 0) work.round = 0;
+    for (;;) {
+        __syncwarp();
+        barrier_wait(s.q_full[w], work.round & 1);
+        __syncwarp();
+        if (lane == 0) work = s.work[w];
+        __syncwarp();
+        int left = uniform(work.num_steps);
+        if (left < 0) break;
+        bool fresh = true;  // rows of this warp may have seen no key
+        rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}, {0, 0}};
+        float largest = -infinity();
+#pragma unroll
+        for (int i = 0; i < kOuts; ++i) o[i] = 0;
+        // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
+        // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
+        // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
+        // maximum moves first. Returns whether the outputs have to be rescaled.
+        auto weigh = [&](Mode mode) {
+            bool grew = false;
+            auto look = [&] {
+                if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row(), column(), d);
+                __syncwarp();  // all lanes have read the step
+                grew |= move_maximum(scale, slack, d, rows);
+                fresh = look_always || __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+#pragma unroll
+                for (int e = 0; e < 2 && look_always; ++e)
+                    if (work.row0 + row() + 8 * e < work.row1) largest = fmaxf(largest, rows.found[e]);
+            };
+            if (TRANSFORM) transform_scores(a, d);
+            if (!kPackEarly && mode == kPlain && too_high(d, rows, slack)) mode = kCareful;  // weights overwrite scores
+            if (mode != kPlain) look();
+            if constexpr (kPackEarly) {
+                release(s.k_free[ring.stage]);
+                --left;
+                for (;;) {
+                    weigh_scores(scale, d, rows, next_p, sum);
+                    if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
+                    grew = move_maximum(scale, slack, d, rows);
+                    mode = kCareful;
+                }
+            } else {
+                weigh_scores(scale, d, rows, next_p, sum);
+                release(s.k_free[ring.stage]);
+                --left;
+                return grew;
+            }
+        };
+        // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
+        auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
+        auto accept = [&](bool grew) {  // after the product that reads p
+            if (grew) {
+#pragma unroll
+                for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
+            }
+            rows.sum[0] += sum[0];
+            rows.sum[1] += sum[1];
+            if (!kPackEarly) pin(d);  // not before the product has read p
+#pragma unroll
+            for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    p[i][e] =
+                        kPackEarly ? times_one<T>(next_p[i][e], ones) : pack<T>(d[i * 8 + 2 * e], d[i * 8 + 2 * e + 1]);
+        };
+        while (left > 0) {
+            barrier_wait(s.k_full[ring.stage], ring.parity);
+            int met = met_at(ring.stage);
+            if ((met & 3) == kTileEmpty) {
+                take_turn();
+                pass_turn();
+                release(s.k_free[ring.stage]);
+                --left;
+                barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
+                release(s.v_free[ring.stage]);
+                ring.advance();
+                continue;
+            }
+            take_turn();
+            issue_scores(ring.stage);
+            pass_turn();
+            wgmma_wait<0>();
+            pin(d);
+            accept(weigh(mode_of(met)));
+            int full_left = fresh ? 0 : met >> 2;  // steps that need no look
+            Ring v_ring = ring;
+            ring.advance();
+            while (kOverlap && left > 0) {
+                barrier_wait(s.k_full[ring.stage], ring.parity);
+                Mode mode = kPlain;
+                if (--full_left < 0) {
+                    met = met_at(ring.stage);
+                    if ((met & 3) == kTileEmpty) break;
+                    mode = mode_of(met);
+                    full_left = fresh ? 0 : met >> 2;
+                }
+                take_turn();
+                issue_scores(ring.stage);
+                barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
+                issue_outs(v_ring.stage);
+                pass_turn();
+                wgmma_wait<1>();
+                pin(d);
+                const bool grew = weigh(mode);
+                wgmma_wait<0>();
+                pin(o);
+                release(s.v_free[v_ring.stage]);
+                accept(grew);
+                v_ring = ring;
+                ring.advance();
+            }
+            barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
+            issue_outs(v_ring.stage);
+            wgmma_wait<0>();
+            pin(o);
+            release(s.v_free[v_ring.stage]);
+        }
+        release(s.q_free[w]);
+        write_rows(a, work, work.row0 + row(), column(), scale, rows, o);
+        if (look_always) {
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+            if (lane == 0) atomic_max(a.max_logits + work.head, largest * kLn2);
+        }
+    }
+    if (w == 0) take_turn();  // the last turn passed
+}
+
+extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_fwd(const __grid_constant__ ForwardArgs a) {
+    extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
+    Smem& s = *reinterpret_cast<Smem*>(raw);
+    if (threadIdx.x == 0) {
+        for (int w = 0; w < kConsumers; ++w) {
+            barrier_init(s.q_full[w], 1);
+            barrier_init(s.q_free[w], 4);
+        }
+        for (int i = 0; i < kStages; ++i) {
+            barrier_init(s.k_full[i], 1);
+            barrier_init(s.v_full[i], 1);
+            barrier_init(s.k_free[i], 4 * kConsumers);
+            barrier_init(s.v_free[i], 4 * kConsumers);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<kProducerRegisters>();
+        if (threadIdx.x == 0) load_tiles(a, s);
+    } else {
+        registers_grow<kConsumerRegisters>();
+        attend_tiles(a, s, uniform(threadIdx.x / 128) - 1);
+    }
+}
+
+}  // namespace magi
