@@ -259,7 +259,18 @@ def movement() -> list[dict]:
     return rows
 
 
-TIMED = ((8, 8192), (8, 16384), (16, 16384), (64, 8192), (64, 16384), (64, 65536), (256, 16384), (1024, 16384))
+TIMED = (
+    (8, 8192),
+    (8, 16384),
+    (16, 16384),
+    (64, 2048),
+    (64, 8192),
+    (64, 16384),
+    (64, 65536),
+    (64, 262144),
+    (256, 16384),
+    (1024, 16384),
+)
 
 
 def timing() -> list[dict]:
@@ -339,15 +350,22 @@ def resident_kib(name: str) -> int:
 
 
 def draw_times(rows: list[dict], path: Path) -> None:
+    """Growth with tokens on 64 ranks, and with ranks of 16,384 rows each, by part."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="ms for one rank's plan", xscale="log", yscale="log")
-    for world in sorted({r["world_size"] for r in rows}):
-        points = [(r["tokens"], r["median_ms"]) for r in rows if r["world_size"] == world]
-        axes.plot(*zip(*points), marker="o", label=f"{world} ranks")
-    axes.legend()
-    axes.grid(which="both", alpha=0.3)
+    figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
+    panels = (
+        ("tokens on 64 ranks", "tokens", [r for r in rows if r["world_size"] == 64]),
+        ("ranks of 16,384 rows", "world_size", [r for r in rows if r["tokens"] == 16384 * r["world_size"]]),
+    )
+    for axes, (label, key, points) in zip(figure.subplots(1, 2), panels):
+        points = sorted(points, key=lambda r: r[key])
+        for part in "median_ms", "ownership_ms", "tables_ms":
+            name = {"median_ms": "whole plan"}.get(part, part.removesuffix("_ms"))
+            axes.plot([r[key] for r in points], [r[part] for r in points], marker="o", label=name)
+        axes.set(xlabel=label, ylabel="ms for one rank's plan", xscale="log", yscale="log")
+        axes.grid(which="both", alpha=0.3)
+        axes.legend()
     figure.savefig(path)
 
 
