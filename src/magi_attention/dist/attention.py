@@ -253,7 +253,7 @@ def _groups(plan: Plan, mesh: Mesh) -> tuple[str, str]:
         name = group_name(mesh)
         return name, name
     shape = (plan.world_size // node_size, node_size)
-    if not isinstance(mesh, DeviceMesh) or tuple(mesh.shape) != shape:
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 2 or (mesh.size(0), mesh.size(1)) != shape:
         raise ValueError(
             f"mesh must be a DeviceMesh [nodes, ranks of a node] = {list(shape)} for a plan with node_size={node_size}, "
             f"got {mesh}"
