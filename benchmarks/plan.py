@@ -374,13 +374,14 @@ TABLES = ["quality", "structure", "nodes", "movement", "time"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=TABLES)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all, unless some are named")
     parser.add_argument(
         "--worlds", type=int, nargs="+", default=list(BARS), help="ranks of the quality table (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--draw", type=Path, help="plot of time against tokens")
     arguments = parser.parse_args()
+    arguments.tables = arguments.tables or TABLES
     torch.set_num_threads(1)
     rows = []
     if "quality" in arguments.tables:
