@@ -4,8 +4,8 @@
 //
 // One producer thread streams K and V through a ring by TMA; each consumer warpgroup owns 64 rows. Consumers take turns
 // at the tensor cores (FlashAttention-3's ping-pong, arXiv 2407.08608), and each overlaps the softmax of one step with
-// its products of the step before, also from one tile to the next. Per consumer a step is empty (skipped), full (no
-// mask) or partial (two comparisons an element).
+// its products of the step before. Per consumer a step is empty (skipped), full (no mask) or partial (two comparisons
+// an element).
 //
 // Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, TRANSFORM 0 or 1 (scores
 // are scaled and capped one by one, for softcap and for scales that are not positive).
@@ -64,14 +64,6 @@ __device__ Item item_of(const ForwardArgs& a, int num_tiles, int work) {
     return {first_head + at % heads, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
 }
 
-// Slice i of an item, as its walk takes it.
-__device__ Slice slice_of(const ForwardArgs& a, const Item& item, int i) {
-    if (item.first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, false);
-    const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + i);
-    const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
-    return {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
-}
-
 // Steps [begin, end) of a walk from column col0 on that are full for rows [row0, row1).
 __device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
     const int first = max(0, row1 - 1 + c.lo - col0), last = min(c.k1, row0 + c.hi + 1) - col0;
@@ -85,27 +77,17 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
     Ring ring;
     int work = blockIdx.x;
     Item item = item_of(a, num_tiles, min(work, total - 1));
-    Slice slice{};  // the next one of the item
-    if (item.num_slices > 0) slice = slice_of(a, item, 0);
     u32 round = 0;
     for (; work < total; ++round) {
-        // The next tile is reserved late, so that a block that runs behind leaves it to another, but early enough for
-        // its three reads, each of which needs the one before.
-        int next = -1, looks = 0, steps_left = item.num_steps;
+        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
+        // enough to arrive before this one ends.
+        int next = -1, steps_left = item.num_steps;
         Item next_item;
-        int slices_left = item.num_slices;  // not yet in `slice`
         auto look_ahead = [&] {
-            if (steps_left > 4) return;
-            if (looks == 0) next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
-            if (looks == 1) next_item = item_of(a, num_tiles, min(next, total - 1));
-            if (looks == 2) {
-                if (slices_left > 0) return;  // `slice` is taken
-                if (next_item.num_slices > 0) slice = slice_of(a, next_item, 0);
-                const bool early = steps_left > 1 && next < total;  // its queries gain from it
-                for (int box = 0; box < kConsumers * kHalves && early; ++box)
-                    tma_prefetch(a.q, 64 * (box % kHalves), next_item.head, next_item.row0 + kRows * (box / kHalves));
-            }
-            ++looks;
+            if (steps_left <= 4 && next < 0)
+                next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
+            else if (steps_left <= 2)
+                next_item = item_of(a, num_tiles, min(next, total - 1));
         };
         const int kv_head = item.head / a.heads_per_kv;
         auto load_q = [&] {
@@ -121,9 +103,15 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
         bool q_loaded = item.num_steps == 0;
         if (q_loaded) load_q();
 
-        while (slices_left > 0) {
-            const Slice c = slice;
-            if (--slices_left > 0) slice = slice_of(a, item, item.num_slices - slices_left);
+        for (int i = 0; i < item.num_slices; ++i) {
+            Slice c;
+            if (item.first >= 0) {
+                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + i);
+                const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
+                c = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
+            } else {
+                c = table_slice(a.slices[i], a.num_q, a.num_k, false);
+            }
             const Range keys = tile_columns(c, item.row0, item.row1);
             Range full[kConsumers];
 #pragma unroll
@@ -133,8 +121,6 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
             for (int j = 0; key0 < keys.end; ++j, key0 += kKeys, --steps_left) {
                 look_ahead();
                 barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
-                for (int h = 0; h < kHalves; ++h)
-                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, kv_head, key0);
                 Step& step = s.step[ring.stage];
                 step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
 #pragma unroll
@@ -145,6 +131,8 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
                     step.met[w] = met | run << 2;
                 }
                 barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
+                for (int h = 0; h < kHalves; ++h)
+                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, kv_head, key0);
                 if (!q_loaded)
                     load_q();  // after the first keys: these need not wait for the previous tile's last product
                 q_loaded = true;
@@ -155,7 +143,8 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
                 ring.advance();
             }
         }
-        while (looks < 3) look_ahead();
+        look_ahead();
+        look_ahead();
         work = next, item = next_item;
     }
 #pragma unroll
@@ -191,24 +180,20 @@ __device__ __forceinline__ void transform_scores(const ForwardArgs& a, float (&d
     }
 }
 
-// Of the columns 8j and 8j + 1, j from 0 on, those below `end`, as bits 2j and 2j + 1.
-__device__ __forceinline__ u32 columns_below(int end) {
-    const int at = max(end, 0), count = at / 8 * 2 + min(at % 8, 2);
-    return count >= 32 ? ~0u : (1u << count) - 1;
-}
-
 __device__ __forceinline__ void mask_scores(const Step& step, int row, int column, float (&d)[kScores]) {
-    static_assert(kScores <= 64, "32 columns of each of two rows");
-    u32 allowed[2];
+    int first[2], last[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        const int q = row + 8 * e, first = q + step.lo - step.key0 - column;
-        const int end = min(step.end, q + step.hi + 1) - step.key0 - column;
-        allowed[e] = q < step.row0 || q >= step.row1 ? 0 : columns_below(end) & ~columns_below(first);
+        const int q = row + 8 * e;
+        first[e] = q + step.lo - step.key0 - column;
+        last[e] = min(step.end, q + step.hi + 1) - step.key0 - column;
+        if (q < step.row0 || q >= step.row1) last[e] = -1;
     }
 #pragma unroll
-    for (int i = 0; i < kScores; ++i)
-        if (!(allowed[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) d[i] = -infinity();
+    for (int i = 0; i < kScores; ++i) {
+        const int at = i / 4 * 8 + i % 2, e = i / 2 % 2;
+        if (at < first[e] || at >= last[e]) d[i] = -infinity();
+    }
 }
 
 // Moves the rows' maximum and says whether outputs of this warp have to be rescaled for it.
@@ -267,96 +252,58 @@ __device__ __forceinline__ float log_add_exp(float x, float y) {
     return most == -infinity() ? most : most + __logf(1 + __expf(least - most));
 }
 
-// Joins a row's lse with the previous partial, whose share of the outputs is `keep` then, and with the sinks.
-__device__ __forceinline__ float join_lse(const ForwardArgs& a, float own, long long at, int head, bool valid,
-                                          float& keep) {
-    const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();
-    float lse = log_add_exp(own, prev);
-#pragma unroll 1
-    for (int n = 0; n < a.num_sinks; ++n) lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + head));
-    keep = prev > -infinity() ? __expf(prev - lse) : 0.f;
-    return lse;
-}
-
-// Outputs of a consumer's rows that see no keys.
-__device__ void write_keyless_rows(const ForwardArgs& a, const Work& work, int row, int column) {
-    for (int q = row; q < min(row + 16, work.row1); q += 8) {
-        const long long at = static_cast<long long>(q) * a.num_heads + work.head;
-        float keep;
-        const float lse = join_lse(a, -infinity(), at, work.head, true, keep);
-        if (column == 0) a.lse[at] = lse;
-        const long long to = q * a.out_row_stride + work.head * a.out_head_stride;
-        for (int c = column; c < a.v_dim; c += 8) {
-            const float* before = a.out_prev + at * a.v_dim + c;
-            const float x = a.lse_prev ? keep * before[0] : 0.f, y = a.lse_prev ? keep * before[1] : 0.f;
-            if (a.out_is_float)
-                *reinterpret_cast<float2*>(static_cast<float*>(a.out) + to + c) = make_float2(x, y);
-            else
-                *reinterpret_cast<u32*>(static_cast<u16*>(a.out) + to + c) = pack<T>(x, y);
-        }
-    }
-}
-
-// Divides, joins sinks and the previous partial, writes out and lse. Products may be on their way beside it, so the
-// accumulators are only read.
+// Joins sinks and the previous partial, divides, writes out and lse.
 __device__ __forceinline__ void write_rows(const ForwardArgs& a, const Work& work, int row, int column, float scale,
-                                           const Rows& rows, const float (&o)[kOuts]) {
-    float lse[2], weight[2], keep[2] = {0, 0};
+                                           const Rows& rows, float (&o)[kOuts]) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         float sum = rows.sum[e];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        lse[e] = sum == 0 ? -infinity() : rows.most[e] * scale * kLn2 + __logf(sum);
-        weight[e] = sum == 0 ? 0.f : __fdividef(1.f, sum);
-    }
-    if (a.lse_prev || a.num_sinks > 0) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int q = row + 8 * e;
-            const float own = lse[e];
-            lse[e] = join_lse(a, own, static_cast<long long>(q) * a.num_heads + work.head, work.head, q < work.row1,
-                              keep[e]);
-            if (weight[e] > 0) weight[e] *= __expf(own - lse[e]);
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
         const int q = row + 8 * e;
         const bool valid = q < work.row1;
         const long long at = static_cast<long long>(q) * a.num_heads + work.head;
-        float x[kOuts / 2];
+        const float own = sum == 0 ? -infinity() : rows.most[e] * scale * kLn2 + __logf(sum);
+        const float prev = a.lse_prev && valid ? __ldg(a.lse_prev + at) : -infinity();
+        float lse = log_add_exp(own, prev);
+        for (int n = 0; n < a.num_sinks; ++n) lse = log_add_exp(lse, __ldg(a.sink + n * a.num_heads + work.head));
+        const float keep = prev > -infinity() ? __expf(prev - lse) : 0.f;
+        const float weight = sum == 0 ? 0.f : __expf(own - lse) / sum;
 #pragma unroll
-        for (int i = 0; i < kOuts / 2; ++i) x[i] = o[i / 2 * 4 + 2 * e + i % 2] * weight[e];
+        for (int i = 2 * e; i < kOuts; i += 4) {
+            o[i] *= weight;
+            o[i + 1] *= weight;
+        }
         if (a.lse_prev && valid) {
             const float* before = a.out_prev + at * a.v_dim + column;
 #pragma unroll
-            for (int i = 0; i < kOuts / 2; i += 2) {
-                if (i * 4 < a.v_dim) {
-                    const float2 y = *reinterpret_cast<const float2*>(before + i * 4);
-                    x[i] += keep[e] * y.x;
-                    x[i + 1] += keep[e] * y.y;
+            for (int i = 2 * e; i < kOuts; i += 4) {
+                if (i / 4 * 8 < a.v_dim) {
+                    const float2 x = *reinterpret_cast<const float2*>(before + i / 4 * 8);
+                    o[i] += keep * x.x;
+                    o[i + 1] += keep * x.y;
                 }
             }
         }
-        if (valid && column == 0) a.lse[at] = lse[e];
+        if (valid && lane % 4 == 0) a.lse[at] = lse;
         const long long to = q * a.out_row_stride + work.head * a.out_head_stride;
         if (a.out_is_float) {
             float* out = static_cast<float*>(a.out) + to + column;
 #pragma unroll
-            for (int i = 0; i < kOuts / 2; i += 2)
-                if (valid && i * 4 < a.v_dim) *reinterpret_cast<float2*>(out + i * 4) = make_float2(x[i], x[i + 1]);
+            for (int i = 2 * e; i < kOuts; i += 4)
+                if (valid && i / 4 * 8 < a.v_dim)
+                    *reinterpret_cast<float2*>(out + i / 4 * 8) = make_float2(o[i], o[i + 1]);
         } else {
-            // Two blocks of eight columns: neighbours swap words, and a quad of lanes writes 32 bytes side by side.
-            const bool odd = column & 2;
-            u16* out = static_cast<u16*>(a.out) + to + (odd ? 8 : 0) + (column & 4);
+            u16* out = static_cast<u16*>(a.out) + to;
 #pragma unroll
-            for (int i = 0; i < kOuts / 2; i += 4) {
-                const u32 even_block = pack<T>(x[i], x[i + 1]), odd_block = pack<T>(x[i + 2], x[i + 3]);
-                const u32 own = odd ? odd_block : even_block;
-                const u32 got = __shfl_xor_sync(~0u, odd ? even_block : odd_block, 1);
-                if (valid && i * 4 + (odd ? 8 : 0) < a.v_dim)
-                    *reinterpret_cast<uint2*>(out + i * 4) = odd ? make_uint2(got, own) : make_uint2(own, got);
+            for (int b = 0; b < kOuts; b += 16) {  // four blocks of eight columns: 16 bytes a lane
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[b + 4 * i + 2 * e], o[b + 4 * i + 2 * e + 1]);
+                transpose_quad(x, lane);
+                const int c = b * 2 + lane % 4 * 8;
+                if (valid && c < a.v_dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
             }
         }
     }
@@ -372,7 +319,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
     float d[kScores], o[kOuts];
     u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
     float sum[2];
-    Rows rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
+    Rows rows;
     u32 ones;
     asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
 
@@ -390,154 +337,115 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                                      k.at(i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4)), i);
         wgmma_commit();
     };
-    int summing = 0;  // o holds outputs of the tile: not so before its first product
     auto issue_outs = [&](int stage) {
         const Operand v(smem_addr(s.v[0][0]) + stage * sizeof(s.v[0]), sizeof(s.v[0][0]), 1024);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, HEAD_DIM, 1>(o, p[i], v.at(2048 * i), i ? 1 : summing);
+        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, HEAD_DIM, 1>(o, p[i], v.at(2048 * i), 1);
         wgmma_commit();
-        summing = 1;
     };
     auto met_at = [&](int stage) { return uniform(s.step[stage].met[w]); };
     Ring ring;
-    int left = 0, met = 0;               // steps of the tile to come; how the one at `ring` meets this consumer
-    auto finish_step = [&](int stage) {  // with the keys, and after the last step with the queries
-        release(s.k_free[stage]);
-        if (--left == 0) release(s.q_free[w]);
-    };
-    Ring v_ring;           // the step whose weights are in p
-    bool pending = false;  // its outputs are not yet on their way
-    // Goes to the next step that has cells for this consumer; false: the tile has none left.
-    auto find_step = [&] {
-        for (; left > 0; ring.advance()) {
-            barrier_wait(s.k_full[ring.stage], ring.parity);
-            met = met_at(ring.stage);
-            if ((met & 3) != kTileEmpty) return true;
-            take_turn();
-            pass_turn();
-            finish_step(ring.stage);
-            if (pending && ring.stage == v_ring.stage) {  // the ring has come around: these values cannot wait
-                barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
-                issue_outs(v_ring.stage);
-                wgmma_wait<0>();
-                pin(o);
-                release(s.v_free[v_ring.stage]);
-                pending = false;
-#pragma unroll
-                for (int i = 0; i < kKeys / 16; ++i)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) p[i][e] = 0;
-            }
-            barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
-            release(s.v_free[ring.stage]);
-        }
-        return false;
-    };
-    Work work{};
-    bool fresh = true;  // rows of this warp may have seen no key
-    // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
-    // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
-    // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
-    // maximum moves first. Returns whether the outputs have to be rescaled.
-    auto weigh = [&](Mode mode) {
-        if (TRANSFORM) transform_scores(a, d);
-        bool grew = false;
-        if (mode != kPlain) {
-            if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
-            __syncwarp();  // all lanes have read the step
-            grew = move_maximum(scale, slack, d, rows);
-            fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
-        }
-        finish_step(ring.stage);
-        for (;;) {
-            weigh_scores(scale, d, rows, next_p, sum);
-            if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
-            grew = move_maximum(scale, slack, d, rows);
-            mode = kCareful;
-        }
-    };
-    // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
-    auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
-    auto accept = [&](bool grew) {  // after the product that reads p
-        if (grew && summing) {
-#pragma unroll
-            for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
-        }
-        rows.sum[0] += sum[0];
-        rows.sum[1] += sum[1];
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) p[i][e] = times_one<T>(next_p[i][e], ones);
-    };
     if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
-    for (u32 tile = 0;;) {                 // once a run of steps without an empty one
-        // The run's first step. Its scores are beside the outputs of the step before, be that of another tile.
-        bool running = find_step();
-        const bool ended = __any_sync(~0u, !running);
-        const Work before = work;
-        const Rows done = rows;
-        while (!running && left >= 0) {
-            barrier_wait(s.q_full[w], tile++ & 1);
-            work = s.work[w];
-            left = uniform(work.num_steps);
-            if (left == 0) {
-                __syncwarp();  // all lanes have read the work
-                release(s.q_free[w]);
-            }
-            running = find_step();
-            if (!running && left == 0) write_keyless_rows(a, work, work.row0 + row, column);
-        }
-        if (ended) {
-            fresh = true;
-            rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
-        }
-        take_turn();
-        issue_scores(ring.stage);  // after the last tile, and before the first outputs, products of no use
-        if (pending) barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
-        issue_outs(v_ring.stage);
-        pass_turn();
-        wgmma_wait<1>();
-        pin(d);
-        bool grew = false;
-        if (left >= 0) grew = weigh(mode_of(met));
-        wgmma_wait<0>();
-        pin(o);
-        if (pending) release(s.v_free[v_ring.stage]);
-        if (ended) {
-            write_rows(a, before, before.row0 + row, column, scale, done, o);
-            summing = 0;
-        }
+    for (u32 item = 0;; ++item) {
+        barrier_wait(s.q_full[w], item & 1);
+        const Work work = s.work[w];
+        int left = uniform(work.num_steps);
         if (left < 0) break;
-        accept(grew);
-        int full_left = fresh ? 0 : met >> 2;  // steps that need no look
-        for (;;) {
-            pending = true;
-            v_ring = ring;
-            ring.advance();
-            if (left == 0) break;
+        bool fresh = true;  // rows of this warp may have seen no key
+        rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
+#pragma unroll
+        for (int i = 0; i < kOuts; ++i) o[i] = 0;
+        // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
+        // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
+        // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
+        // maximum moves first. Returns whether the outputs have to be rescaled.
+        auto weigh = [&](Mode mode) {
+            if (TRANSFORM) transform_scores(a, d);
+            bool grew = false;
+            if (mode != kPlain) {
+                if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
+                __syncwarp();  // all lanes have read the step
+                grew = move_maximum(scale, slack, d, rows);
+                fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+            }
+            release(s.k_free[ring.stage]);
+            --left;
+            for (;;) {
+                weigh_scores(scale, d, rows, next_p, sum);
+                if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
+                grew = move_maximum(scale, slack, d, rows);
+                mode = kCareful;
+            }
+        };
+        // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
+        auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
+        auto accept = [&](bool grew) {  // after the product that reads p
+            if (grew) {
+#pragma unroll
+                for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
+            }
+            rows.sum[0] += sum[0];
+            rows.sum[1] += sum[1];
+#pragma unroll
+            for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) p[i][e] = times_one<T>(next_p[i][e], ones);
+        };
+        while (left > 0) {
             barrier_wait(s.k_full[ring.stage], ring.parity);
-            Mode mode = kPlain;
-            if (--full_left < 0) {
-                met = met_at(ring.stage);
-                if ((met & 3) == kTileEmpty) break;
-                mode = mode_of(met);
-                full_left = fresh ? 0 : met >> 2;
+            int met = met_at(ring.stage);
+            if ((met & 3) == kTileEmpty) {
+                take_turn();
+                pass_turn();
+                release(s.k_free[ring.stage]);
+                --left;
+                barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
+                release(s.v_free[ring.stage]);
+                ring.advance();
+                continue;
             }
             take_turn();
             issue_scores(ring.stage);
+            pass_turn();
+            wgmma_wait<0>();
+            pin(d);
+            accept(weigh(mode_of(met)));
+            int full_left = fresh ? 0 : met >> 2;  // steps that need no look
+            Ring v_ring = ring;
+            ring.advance();
+            while (left > 0) {
+                barrier_wait(s.k_full[ring.stage], ring.parity);
+                Mode mode = kPlain;
+                if (--full_left < 0) {
+                    met = met_at(ring.stage);
+                    if ((met & 3) == kTileEmpty) break;
+                    mode = mode_of(met);
+                    full_left = fresh ? 0 : met >> 2;
+                }
+                take_turn();
+                issue_scores(ring.stage);
+                barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
+                issue_outs(v_ring.stage);
+                pass_turn();
+                wgmma_wait<1>();
+                pin(d);
+                const bool grew = weigh(mode);
+                wgmma_wait<0>();
+                pin(o);
+                release(s.v_free[v_ring.stage]);
+                accept(grew);
+                v_ring = ring;
+                ring.advance();
+            }
             barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
             issue_outs(v_ring.stage);
-            pass_turn();
-            wgmma_wait<1>();
-            pin(d);
-            const bool grew = weigh(mode);
             wgmma_wait<0>();
             pin(o);
             release(s.v_free[v_ring.stage]);
-            accept(grew);
         }
+        release(s.q_free[w]);
+        write_rows(a, work, work.row0 + row, column, scale, rows, o);
     }
     if (w == 0) take_turn();  // the last turn passed
 }

@@ -63,12 +63,6 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& b
         "l"(&map), "r"(smem_addr(&bar)), "r"(dim), "r"(head), "r"(row)
         : "memory");
 }
-// The same box on its way to the L2 cache.
-__device__ __forceinline__ void tma_prefetch(const TensorMap& map, int dim, int head, int row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(dim), "r"(head),
-                 "r"(row)
-                 : "memory");
-}
 // Contiguous bytes, a multiple of 16, both sides 16-byte aligned.
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, u32 bytes, u64& bar) {
     asm volatile(
