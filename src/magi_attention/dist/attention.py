@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce, wait
 from magi_attention.dist.dispatch import check_group, check_rows
-from magi_attention.dist.guests import AttendWithGuests
+from magi_attention.dist.guests import RETURN_COPIES, AttendWithGuests
 from magi_attention.dist.tensor_parallel import heads_local
 from magi_attention.ops import accumulation_dtype, area_of, raise_if_grad, raise_if_no_backward, sink_gradient
 from magi_attention.plan import Hop, Plan, Stage
@@ -28,8 +28,6 @@ from magi_attention.plan import Hop, Plan, Stage
 __all__ = ["attend"]
 
 _ops = torch.ops.magi
-# Before torch 2.13 a traced autograd function that returns a tensor it also saved gives wrong gradients without a word.
-_RETURN_COPIES = torch.__version__ < "2.13"
 
 
 class _Traffic:
@@ -204,7 +202,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
         ctx.stages, ctx.groups = backward_stages, groups
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
-        return (out.clone(), lse.clone()) if _RETURN_COPIES else (out, lse)
+        return (out.clone(), lse.clone()) if RETURN_COPIES else (out, lse)
 
     @staticmethod
     def backward(ctx, dout, dlse):

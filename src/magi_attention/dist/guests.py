@@ -17,7 +17,8 @@ from magi_attention.plan import Guests, Stage
 __all__ = ["AttendWithGuests"]
 
 _ops = torch.ops.magi
-_RETURN_COPIES = torch.__version__ < "2.13"  # see attention.py
+# Before torch 2.13 a traced autograd function that returns a tensor it also saved gives wrong gradients without a word.
+RETURN_COPIES = torch.__version__ < "2.13"
 
 
 class AttendWithGuests(torch.autograd.Function):
@@ -42,7 +43,7 @@ class AttendWithGuests(torch.autograd.Function):
                 after=after,
             )
 
-        coming = _visit(q, guests, group, [])
+        coming = _cast(q, guests, group, [])
         flying = [_cast(kv, stages[0], group, [coming])]
         own = attend_keys(q, kv, slices, (None, None), [coming, *flying])
         visiting = wait(coming)
@@ -65,7 +66,7 @@ class AttendWithGuests(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sink, slices, out, lse)
         ctx.stages, ctx.guests, ctx.group = backward_stages, guests, group
         ctx.softmax_scale, ctx.softcap, ctx.deterministic = softmax_scale, softcap, deterministic
-        return (out.clone(), lse.clone()) if _RETURN_COPIES else (out, lse)
+        return (out.clone(), lse.clone()) if RETURN_COPIES else (out, lse)
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -92,9 +93,9 @@ class AttendWithGuests(torch.autograd.Function):
                 after=after,
             )
 
-        rows_coming = _visit(torch.cat([q, dout], dim=2), guests, group, [dout])
+        rows_coming = _cast(torch.cat([q, dout], dim=2), guests, group, [dout])
         delta = _ops.ffa_delta(dout, out, dlse)
-        numbers_coming = _visit(torch.stack([lse, delta], dim=-1), guests, group, [rows_coming])
+        numbers_coming = _cast(torch.stack([lse, delta], dim=-1), guests, group, [rows_coming])
         flying = [_cast(kv, stages[0], group, [dout, numbers_coming])]
         own = q, dout, lse, delta
         dq, dk, dv = grads_of_keys(own, kv, slices, None, [rows_coming, numbers_coming, *flying])
@@ -135,12 +136,8 @@ class AttendWithGuests(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, dsink, None, None, None, None, None, None, None, None
 
 
-def _cast(kv: Tensor, stage: Stage, group: str, after: list[Tensor]) -> Tensor:
-    return group_cast(kv, stage.send_ranges, stage.splits, group, stage.recv_rows.shape[0], after)
-
-
-def _visit(x: Tensor, guests: Guests, group: str, after: list[Tensor]) -> Tensor:
-    return group_cast(x, guests.send_ranges, guests.splits, group, guests.recv_rows.shape[0], after)
+def _cast(x: Tensor, to: Stage | Guests, group: str, after: list[Tensor]) -> Tensor:
+    return group_cast(x, to.send_ranges, to.splits, group, to.recv_rows.shape[0], after)
 
 
 def _return(parts: list[Tensor], guests: Guests, group: str, after: list[Tensor]) -> Tensor:
