@@ -6,16 +6,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/cuda_tensors.h"
-#include "ops/ffa.h"
+#include "ops/forward_ops.h"
 #include "ops/rows.h"
 
 namespace magi {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-using Outputs = std::tuple<Tensor, Tensor>;
-using OutputsAndMax = std::tuple<Tensor, Tensor, Tensor>;
-
 ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
                     const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
                     const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap, int64_t sm_margin,
@@ -28,39 +25,6 @@ ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     const Tensor workspace = scratch(q, cuda::forward_workspace(call.params));
     cuda::ffa_forward(call.params, workspace.data_ptr(), device);
     return call;
-}
-
-Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
-                const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap, int64_t sm_margin,
-                std::optional<ScalarType> out_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
-    ForwardCall call =
-        forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype, false);
-    return {call.out, call.lse};
-}
-
-OutputsAndMax ffa_fwd_max(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                          const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
-                          const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                          int64_t sm_margin, std::optional<ScalarType> out_dtype,
-                          const std::optional<std::vector<Tensor>>& /*after*/) {
-    ForwardCall call =
-        forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype, true);
-    return {call.out, call.lse, call.max_logits};
-}
-
-Outputs ffa_slices(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                   const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
-                   bool /*deterministic: a forward always is*/, int64_t sm_margin) {
-    return ffa_fwd(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap,
-                   sm_margin, std::nullopt, std::nullopt);
-}
-
-OutputsAndMax ffa_max(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                      const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
-                      bool /*deterministic*/, int64_t sm_margin) {
-    return ffa_fwd_max(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap,
-                       sm_margin, std::nullopt, std::nullopt);
 }
 
 Tensor ffa_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
@@ -106,7 +70,8 @@ Tensor range_scatter_reduce(const Tensor& y, const Tensor& ranges, int64_t rows,
     return call.out;
 }
 
-Outputs merge_partials(const Tensor& out, const Tensor& lse, const Tensor& out_i, const Tensor& lse_i) {
+std::tuple<Tensor, Tensor> merge_partials(const Tensor& out, const Tensor& lse, const Tensor& out_i,
+                                          const Tensor& lse_i) {
     const int device = out.get_device_index();
     const DeviceGuard guard(device);
     MergeCall call = check_merge(out, lse, out_i, lse_i);
@@ -121,10 +86,11 @@ Outputs merge_partials(const Tensor& out, const Tensor& lse, const Tensor& out_i
 }  // namespace magi
 
 STABLE_TORCH_LIBRARY_IMPL(magi, CUDA, m) {
-    m.impl("ffa.slices", TORCH_BOX(&magi::ffa_slices));
-    m.impl("ffa_fwd", TORCH_BOX(&magi::ffa_fwd));
-    m.impl("ffa_max_logits", TORCH_BOX(&magi::ffa_max));
-    m.impl("ffa_fwd_max_logits", TORCH_BOX(&magi::ffa_fwd_max));
+    using Forward = magi::ForwardOps<&magi::forward>;
+    m.impl("ffa.slices", TORCH_BOX(&Forward::ffa_slices));
+    m.impl("ffa_fwd", TORCH_BOX(&Forward::ffa_fwd));
+    m.impl("ffa_max_logits", TORCH_BOX(&Forward::ffa_max));
+    m.impl("ffa_fwd_max_logits", TORCH_BOX(&Forward::ffa_fwd_max));
     m.impl("ffa_delta", TORCH_BOX(&magi::ffa_delta));
     m.impl("band_slices", TORCH_BOX(&magi::band_slices));
     m.impl("range_gather", TORCH_BOX(&magi::range_gather));

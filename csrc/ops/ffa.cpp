@@ -2,13 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/cpu.h"
-#include "ops/ffa.h"
+#include "ops/forward_ops.h"
 
 namespace magi {
 namespace {
-
-using Outputs = std::tuple<Tensor, Tensor>;
-using OutputsAndMax = std::tuple<Tensor, Tensor, Tensor>;
 
 ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
                     const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
@@ -18,39 +15,6 @@ ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                                      out_dtype, max_logits);
     cpu::ffa_forward(call.params);
     return call;
-}
-
-Outputs ffa_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
-                const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap, int64_t sm_margin,
-                std::optional<ScalarType> out_dtype, const std::optional<std::vector<Tensor>>& /*after*/) {
-    ForwardCall call =
-        forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype, false);
-    return {call.out, call.lse};
-}
-
-OutputsAndMax ffa_fwd_max(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                          const std::optional<Tensor>& sink, const std::optional<Tensor>& out_prev,
-                          const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
-                          int64_t sm_margin, std::optional<ScalarType> out_dtype,
-                          const std::optional<std::vector<Tensor>>& /*after*/) {
-    ForwardCall call =
-        forward(q, k, v, slices, sink, out_prev, lse_prev, softmax_scale, softcap, sm_margin, out_dtype, true);
-    return {call.out, call.lse, call.max_logits};
-}
-
-Outputs ffa_slices(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                   const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
-                   bool /*deterministic: a forward always is*/, int64_t sm_margin) {
-    return ffa_fwd(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap,
-                   sm_margin, std::nullopt, std::nullopt);
-}
-
-OutputsAndMax ffa_max(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slices,
-                      const std::optional<Tensor>& sink, std::optional<double> softmax_scale, double softcap,
-                      bool /*deterministic*/, int64_t sm_margin) {
-    return ffa_fwd_max(q, k, v, slices, sink, std::nullopt, std::nullopt, scale_or_default(softmax_scale, q), softcap,
-                       sm_margin, std::nullopt, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -95,10 +59,11 @@ Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor&
 }  // namespace magi
 
 STABLE_TORCH_LIBRARY_IMPL(magi, CPU, m) {
-    m.impl("ffa.slices", TORCH_BOX(&magi::ffa_slices));
-    m.impl("ffa_fwd", TORCH_BOX(&magi::ffa_fwd));
-    m.impl("ffa_max_logits", TORCH_BOX(&magi::ffa_max));
-    m.impl("ffa_fwd_max_logits", TORCH_BOX(&magi::ffa_fwd_max));
+    using Forward = magi::ForwardOps<&magi::forward>;
+    m.impl("ffa.slices", TORCH_BOX(&Forward::ffa_slices));
+    m.impl("ffa_fwd", TORCH_BOX(&Forward::ffa_fwd));
+    m.impl("ffa_max_logits", TORCH_BOX(&Forward::ffa_max));
+    m.impl("ffa_fwd_max_logits", TORCH_BOX(&Forward::ffa_fwd_max));
     m.impl("ffa_bwd", TORCH_BOX(&magi::ffa_bwd));
     m.impl("ffa_delta", TORCH_BOX(&magi::ffa_delta));
     m.impl("band_slices", TORCH_BOX(&magi::band_slices));
