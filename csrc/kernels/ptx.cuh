@@ -44,16 +44,6 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Whether x holds in any of the threads.
-__device__ __forceinline__ bool named_any(int id, int threads, bool x) {
-    int any;
-    asm volatile("{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbar.red.or.pred q, %2, %3, p;\nselp.s32 %0, 1, 0, q;\n}"
-                 : "=r"(any)
-                 : "r"(static_cast<int>(x)), "r"(id), "r"(threads)
-                 : "memory");
-    return any;
-}
-
 // ---- bulk copies ----
 // One box of a [rows, heads, dim] tensor, swizzled as the map says; cells outside the tensor arrive as zero.
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& bar, int dim, int head, int row) {
