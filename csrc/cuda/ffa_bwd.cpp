@@ -91,6 +91,10 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         constexpr int kOrderedHeads = 16;
         a.section_heads =
             (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, shape.num_kv_heads);
+        // Tiles of one head that run side by side: see plan_visits.
+        const int sms = std::max(1, num_sms(device) - p.sm_margin);
+        a.waves = a.section_heads > 1 ? 1 : std::max(1, (a.table.num_tiles + sms / 2) / sms);
+        a.wave_tiles = a.waves > 1 ? sms : a.table.num_tiles;
         a.dq = dq;
         a.dk = p.dk.data;
         a.dv = p.dv.data;
@@ -111,7 +115,7 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
                                      reinterpret_cast<int*>(base + at.order)});
         }
         const int64_t work = (int64_t)a.table.num_tiles * a.num_kv_heads;
-        const unsigned blocks = (unsigned)std::min<int64_t>(work, std::max(1, num_sms(device) - p.sm_margin));
+        const unsigned blocks = (unsigned)std::min<int64_t>(work, sms);
         launch(backward, {blocks}, 384, smem, stream, a);
     }
     if (shape.num_q > 0) {

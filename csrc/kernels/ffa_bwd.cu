@@ -46,6 +46,7 @@ struct Plan {  // the planner's notes: it has few registers
     int next, index, kv_head, head;
     int tile_key0, tile_key1, first, num_slices;  // of the tile
     int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
+    int down;                                     // the tile's walk goes from the last row to the first
 };
 struct DqJob {  // a consumer's share of dq, for its storer
     float* to;  // null: no more
@@ -115,6 +116,15 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 plan.index = at / heads;
                 plan.kv_head = first_head + at % heads;
             }
+            // Tiles that begin together come down from the last row. Under a causal mask they end one after the
+            // other, each at its first row; the next ones go up from there and meet those that began before them,
+            // so that all blocks visit the same rows at the same time, while these are in L2. Waves of tiles, or
+            // heads where all tiles are one wave, therefore take turns. Ordered visits all go down.
+            {
+                int wave = plan.kv_head * a.waves;
+                for (int i = plan.index; i >= a.wave_tiles; i -= a.wave_tiles) ++wave;
+                plan.down = DETERMINISTIC || wave % 2 == 0;
+            }
             {
                 const int4 tile =
                     __ldg(reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
@@ -137,9 +147,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         if (visits == 0) continue;
         const int first_head = plan.kv_head * a.heads_per_kv;
         // In ordered visits one head follows the other. Otherwise a block of rows is visited for all heads of the group
-        // while its rows are in L2, where other tiles visit it too: tiles of a head that begin together come from its
-        // last row down, and as they end one after the other under a causal mask, those of the next head meet on the
-        // way up. Heads therefore take turns.
+        // while its rows are in L2, where other tiles visit it too.
         plan.head = first_head;
         for (int left = DETERMINISTIC ? a.heads_per_kv : 1; left > 0; --left) {
             for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
@@ -156,8 +164,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 }
                 const int first_row = plan.row0 & -kRowAlign, last = (plan.row1 - 1 - first_row) / kRows;
                 for (int block = 0; block <= last; ++block) {
-                    const bool down = DETERMINISTIC || plan.kv_head % 2 == 0;
-                    const int row0 = first_row + (down ? last - block : block) * kRows;
+                    const int row0 = first_row + (plan.down ? last - block : block) * kRows;
                     if (DETERMINISTIC) {
                         plan_visit(a, s, n++, row0);
                     } else {
@@ -338,6 +345,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     u32 visit = 0, kv_parity = 0;
 
     auto release = [&](u64& bar) {
+        __syncwarp();  // all lanes have read
         if (lane == 0) barrier_arrive(bar);  // every warp by itself
     };
     for (;;) {
@@ -461,7 +469,6 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             release(s.q_free[stage]);
         }
         const Item item = s.item;
-        __syncwarp();
         release(s.kv_free);
         write_keys(a, item, key, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
         write_keys(a, item, key, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);

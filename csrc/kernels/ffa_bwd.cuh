@@ -31,6 +31,7 @@ struct BackwardArgs {
     int num_q, num_k, num_kv_heads, heads_per_kv, head_dim, v_dim;
     int rows_pad;
     int section_heads;      // kv heads worked on together, so that their rows stay in L2
+    int waves, wave_tiles;  // of a head's tiles: how often all blocks take one, and how many that is
     const float* lse_log2;  // [heads, rows_pad]: lse * log2(e), +inf where lse is -inf
     const float* delta;     // [heads, rows_pad]
     float* dq;              // the workspace above
