@@ -345,7 +345,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     u32 visit = 0, kv_parity = 0;
 
     auto release = [&](u64& bar) {
-        __syncwarp();  // all lanes have read
+        __syncwarp();                        // all lanes have read
         if (lane == 0) barrier_arrive(bar);  // every warp by itself
     };
     for (;;) {
