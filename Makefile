@@ -1,6 +1,7 @@
 # make setup   .venv with a pinned torch, the build tools, and the wheel (built from source and installed)
 # make demo    train a small Llama on 4 processes and check it against one; ARGS="--steps 200 --dp 2 --cp 2" changes it
 # make test    GoogleTest for the planner core, then pytest against the installed wheel
+# make test-gpu, bench-gpu    on a Hopper GPU, against the package installed for PYTHON (.ci/gpu has the pieces)
 # make lint    style and types         make bench    CPU benchmark tables         make clean    remove what was built
 
 TORCH  ?= torch==2.13.0
@@ -15,7 +16,7 @@ READY   := $(VENV)/wheel.stamp
 # A new pin makes a new environment: it is in the stamp's name.
 TOOLS   := $(VENV)/$(firstword $(TORCH)).stamp
 
-.PHONY: setup demo test cpp-test python-test lint bench clean
+.PHONY: setup demo test cpp-test python-test test-gpu lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -56,6 +57,10 @@ python-test: setup
 	@$(PY) -c 'import magi_attention as m, sys; sys.exit(0 if m.__file__.startswith(sys.prefix) else f"tests the wrong package: {m.__file__}")'
 	$(PY) -m pytest
 
+test-gpu:
+	PYTHON=$(PYTHON) bash .ci/gpu test
+	PYTHON=$(PYTHON) bash .ci/gpu sanitize
+
 $(VENV)/lint.stamp: $(READY)
 	$(PIP) --no-build-isolation '.[dev]'
 	@touch $@
@@ -69,6 +74,10 @@ lint: $(VENV)/lint.stamp
 bench: setup
 	$(PY) benchmarks/ffa_cpu.py
 	$(PY) benchmarks/plan.py
+
+bench-gpu:
+	PYTHON=$(PYTHON) bash .ci/gpu bench out
+	$(PYTHON) benchmarks/report.py out
 
 clean:
 	rm -rf $(VENV) build dist out
