@@ -20,10 +20,8 @@ void check_support(Dtype dtype, const AttentionShape& shape, int most_dim) {
 
 // Slices of few rows fill tiles of 128 rows better than those of 192.
 static ForwardShape shape_of(const ForwardParams& p) {
-    const ForwardShape shape = forward_shape(p.shape.head_dim, p.shape.v_dim);
     const bool few_rows = p.num_slices > 1 && p.shape.num_q / p.num_slices < 1024;
-    if (shape.head_dim == 64 && few_rows && !p.max_logits) return {64, 64, 2, kForwardKeys, kForwardStages};
-    return shape;
+    return forward_shape(p.shape.head_dim, p.shape.v_dim, few_rows ? 128 : 192);
 }
 
 static bool cut_tiles(const ForwardParams& p) { return worth_cutting(p.shape.num_q, shape_of(p).rows(), p.num_slices); }
@@ -49,11 +47,9 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     void* stream = current_stream(device);
     const ForwardShape tile = shape_of(p);
     const bool transform = p.softcap > 0 || !(p.softmax_scale > 0) || p.max_logits;
-    const bool common = tile.rows() == kForwardRows && tile.keys == kForwardKeys && tile.stages == kForwardStages;
-    const std::string dims = common && !p.max_logits
-                                 ? "ffa_fwd_d" + std::to_string(tile.head_dim)
-                                 : "ffa_fwd_d" + std::to_string(tile.head_dim) + "_v" + std::to_string(tile.v_dim);
-    const std::string variant = dims + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") + (transform ? "_transform" : "");
+    const std::string variant = "ffa_fwd_d" + std::to_string(tile.head_dim) + "_v" + std::to_string(tile.v_dim) + "_r" +
+                                std::to_string(tile.rows()) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
+                                (transform ? "_transform" : "");
     void* forward = kernel(variant, "ffa_fwd", device, tile.smem());
 
     ForwardArgs a{};

@@ -10,29 +10,25 @@ struct alignas(64) TensorMap {  // encoded by the driver; opaque
     char bytes[128];
 };
 
-// The shape of the forward's work, known to both sides: a tile of rows against steps of keys, streamed through a ring.
-// ffa_fwd.cu has this one, for head dimensions of 64 and 128.
-constexpr int kForwardRows = 128, kForwardKeys = 128, kForwardStages = 3;
-MAGI_HD constexpr unsigned forward_smem(int head_dim) {
-    return 2 * head_dim * (kForwardRows + 2 * kForwardStages * kForwardKeys) +
-           2048;  // q, k, v; barriers, steps, alignment
-}
-// ffa_fwd_shapes.cu has these: 64 rows of a tile for each consumer. Registers (scores and outputs) and 227 KB of shared
-// memory bound them.
+// A shape of the forward's work, known to both sides: a tile of 64 rows for each consumer against steps of keys,
+// streamed through a ring. Registers (scores and outputs) and 227 KB of shared memory bound it.
 struct ForwardShape {
     int head_dim, v_dim, consumers, keys, stages;
     MAGI_HD constexpr int rows() const { return 64 * consumers; }
-    MAGI_HD constexpr unsigned smem() const {  // as above
+    MAGI_HD constexpr unsigned smem() const {  // q, k, v; barriers, steps, alignment
         return 2 * (rows() * head_dim + stages * keys * (head_dim + v_dim)) + 2048;
     }
 };
 constexpr ForwardShape kForwardShapes[] = {
-    // smaller heads take the first one that holds them, padded with zeros
-    {64, 64, 3, 128, 6}, {128, 128, 2, 128, 3}, {192, 128, 2, 128, 2}, {192, 192, 2, 112, 2}, {256, 256, 2, 80, 2},
+    {64, 64, 3, 128, 6},   {64, 64, 2, 128, 3},   {128, 128, 2, 128, 3},
+    {192, 128, 2, 128, 2}, {192, 192, 2, 112, 2}, {256, 256, 2, 80, 2},
 };
-MAGI_HD constexpr ForwardShape forward_shape(int head_dim, int v_dim) {
+// Smaller heads take the first one that holds them, padded with zeros.
+MAGI_HD constexpr ForwardShape forward_shape(int head_dim, int v_dim, int most_rows = 192) {
     int i = 0;
-    while (kForwardShapes[i].head_dim < head_dim || kForwardShapes[i].v_dim < v_dim) ++i;
+    while (kForwardShapes[i].head_dim < head_dim || kForwardShapes[i].v_dim < v_dim ||
+           kForwardShapes[i].rows() > most_rows)
+        ++i;
     return kForwardShapes[i];
 }
 

@@ -7,25 +7,42 @@
 // its products of the step before. Per consumer a step is empty (skipped), full (no mask) or partial (two comparisons
 // an element).
 //
-// Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, TRANSFORM 0 or 1 (scores
-// are scaled and capped one by one, for softcap and for scales that are not positive).
+// One of kForwardShapes (args.cuh) is compiled in. They differ in how they fit into the registers:
+//  - what a thread can read again lives in shared memory where consumers need its registers (kRoomy and
+//    kRoomyProducer say that they do not);
+//  - weights may overwrite the scores, to be packed after the product that reads the step before (kPackEarly says that
+//    they do not). Then a plain step looks first whether a score is far above the maximum in use: there is nothing left
+//    to weigh again.
+//
+// Macros: HEAD_DIM, V_DIM and ROWS of the shape (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16,
+// TRANSFORM 0 or 1 (scores are scaled and capped one by one, for softcap, for scales that are not positive, and where
+// the largest score of each head is asked for).
 #include "ptx.cuh"
 #include "wgmma.cuh"
 
 namespace magi {
 
 using T = ELEMENT;
-constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
-constexpr int kConsumers = 2;           // warpgroups of 64 rows
-constexpr int kRows = 64, kTileRows = kForwardRows, kKeys = kForwardKeys, kStages = kForwardStages;
-static_assert(kTileRows == kRows * kConsumers);
+constexpr ForwardShape kShape = forward_shape(HEAD_DIM, V_DIM, ROWS);
+static_assert(kShape.head_dim == HEAD_DIM && kShape.v_dim == V_DIM && kShape.rows() == ROWS);
+constexpr int kParts = HEAD_DIM / 64, kVParts = V_DIM / 64;  // a TMA box is 64 elements wide
+constexpr int kConsumers = kShape.consumers;                 // warpgroups of 64 rows
+constexpr int kRows = 64, kTileRows = ROWS, kKeys = kShape.keys, kStages = kShape.stages;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-constexpr int kScores = kKeys / 2, kOuts = HEAD_DIM / 2;  // accumulators of a thread
-constexpr int kTurnBarrier = 1;                           // named barriers kTurnBarrier + consumer
+constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kRoomy || V_DIM == 192;
+constexpr int kUnroll = kConsumers == 2 ? 2 : 1, kUnrollParts = kRoomyProducer ? 4 : 1;  // of the producer's loops
+constexpr int kProducerRegisters = kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
+constexpr int kConsumerRegisters = kRoomyProducer ? 216 : kConsumers == 2 ? 232 : 160;
+constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
+// The softmax of a step runs beside the product of the step before, but for the one variant short of registers.
+constexpr bool kOverlap = V_DIM <= 192 && !(TRANSFORM && kConsumers == 3);
+// Weights are packed while the product of the step before reads its own, where registers allow; after it otherwise.
+constexpr bool kPackEarly = 2 * kScores + kOuts + 24 <= kConsumerRegisters;
+constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
 
 struct Work {                         // one consumer's share of a tile
     int row0, row1, head, num_steps;  // num_steps < 0: no more work
+    u32 round;                        // tiles up to this one
 };
 struct Step {  // one k tile; keys from key0 on
     int key0, end, lo, hi;
@@ -33,15 +50,28 @@ struct Step {  // one k tile; keys from key0 on
     int met[kConsumers];  // each consumer's TileClass, and from bit 2 on how many steps after this one are full for it
 };
 
+struct Item {  // a tile of one head
+    int head, row0, row1, first, num_slices, num_steps;
+};
+struct Walk {  // of the producer
+    Item item;
+    Slice slice;
+    Range keys, full[kConsumers];
+    int num_tiles, kv_head, next_head, index, steps_left;  // index: of the slice in the tile
+    u32 round;                                             // tiles so far
+};
+
 struct Smem {
-    u16 q[kConsumers][kHalves][kRows * 64];
-    u16 k[kStages][kHalves][kKeys * 64], v[kStages][kHalves][kKeys * 64];
+    u16 q[kConsumers][kParts][kRows * 64];
+    u16 k[kStages][kParts][kKeys * 64], v[kStages][kVParts][kKeys * 64];
     Step step[kStages];
     Work work[kConsumers];
+    Work mine[kConsumers][4];  // a warp's copy until its rows are written, unless roomy
+    Walk walk;                 // likewise
     u64 q_full[kConsumers], q_free[kConsumers], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
 };
 
-static_assert(sizeof(Smem) + 1024 <= forward_smem(HEAD_DIM));
+static_assert(sizeof(Smem) + 1024 <= kShape.smem() && kShape.smem() <= 227 * 1024);
 
 }  // namespace magi
 
@@ -50,113 +80,137 @@ static_assert(sizeof(Smem) + 1024 <= forward_smem(HEAD_DIM));
 namespace magi {
 
 // ---- producer ----
-struct Item {  // a tile of one head
-    int head, row0, row1, first, num_slices, num_steps;
-};
-__device__ Item item_of(const ForwardArgs& a, int num_tiles, int work) {
+__device__ int4 tile_of(const ForwardArgs& a, int num_tiles, int work, int& head) {
+    work = min(work, num_tiles * a.num_heads - 1);
     const int section = work / (num_tiles * a.section_heads), first_head = section * a.section_heads;
     const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * num_tiles;
-    const int4 tile = __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
-    const int rows = a.table.cut ? (tile.y >> kRowsShift) + 1 : kTileRows;
+    head = first_head + at % heads;
+    return __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
+}
+__device__ Item item_of(const ForwardArgs& a, int4 tile, int head) {
+    const int rows = a.table.cut ? (static_cast<u32>(tile.y) >> kRowsShift) + 1 : kTileRows;
     const int first = a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
-    return {first_head + at % heads, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
+    return {head, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
 }
 
-// Steps [begin, end) of a walk from column col0 on that are full for rows [row0, row1).
-__device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
+// First keys of the steps, in a walk from column col0 on, that are full for rows [row0, row1): begin, and past the
+// last.
+__device__ Range full_keys(const Slice& c, int row0, int row1, int col0) {
     const int first = max(0, row1 - 1 + c.lo - col0), last = min(c.k1, row0 + c.hi + 1) - col0;
-    return {ceil_div(first, kKeys), c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0};
+    const int steps = c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0;
+    return {col0 + ceil_div(first, kKeys) * kKeys, col0 + steps * kKeys};
 }
 
 __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
     wait_for_earlier_kernels();  // the one that builds the table
-    const int num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
-    const int total = num_tiles * a.num_heads;
+    Walk own;
+    Walk& walk = kRoomyProducer ? own : s.walk;
+    walk.num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
+    const Item& item = walk.item;
+    const Slice& c = walk.slice;
     Ring ring;
     int work = blockIdx.x;
-    Item item = item_of(a, num_tiles, min(work, total - 1));
-    u32 round = 0;
-    for (; work < total; ++round) {
+    int4 next_tile = tile_of(a, walk.num_tiles, work, walk.next_head);
+    for (walk.round = 0; work < walk.num_tiles * a.num_heads; ++walk.round) {
+        walk.item = item_of(a, next_tile, walk.next_head);
+        walk.kv_head = item.head / a.heads_per_kv;
         // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
         // enough to arrive before this one ends.
-        int next = -1, steps_left = item.num_steps;
-        Item next_item;
+        int next = -1;
+        walk.steps_left = item.num_steps;
         auto look_ahead = [&] {
-            if (steps_left <= 4 && next < 0)
+            if (walk.steps_left <= 4 && next < 0)
                 next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
-            else if (steps_left <= 2)
-                next_item = item_of(a, num_tiles, min(next, total - 1));
+            else if (walk.steps_left <= 2)
+                next_tile = tile_of(a, walk.num_tiles, next, walk.next_head);
         };
-        const int kv_head = item.head / a.heads_per_kv;
         auto load_q = [&] {
-#pragma unroll
+#pragma unroll kUnroll
             for (int w = 0; w < kConsumers; ++w) {
-                barrier_wait(s.q_free[w], (round & 1) ^ 1);
-                s.work[w] = {item.row0 + kRows * w, item.row1, item.head, item.num_steps};
+                barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
+                s.work[w] = {item.row0 + kRows * w, item.row1, item.head, item.num_steps, walk.round + 1};
                 barrier_arrive_expect(s.q_full[w], item.num_steps ? sizeof(s.q[w]) : 0);
-                for (int h = 0; h < kHalves && item.num_steps; ++h)
+#pragma unroll kUnrollParts
+                for (int h = 0; h < kParts && item.num_steps; ++h)
                     tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
             }
         };
         bool q_loaded = item.num_steps == 0;
         if (q_loaded) load_q();
 
-        for (int i = 0; i < item.num_slices; ++i) {
-            Slice c;
+        for (walk.index = 0; walk.index < item.num_slices; ++walk.index) {
             if (item.first >= 0) {
-                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + i);
+                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + walk.index);
                 const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
-                c = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
+                walk.slice = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
             } else {
-                c = table_slice(a.slices[i], a.num_q, a.num_k, false);
+                walk.slice = table_slice(a.slices[walk.index], a.num_q, a.num_k, false);
             }
-            const Range keys = tile_columns(c, item.row0, item.row1);
-            Range full[kConsumers];
-#pragma unroll
+            walk.keys = tile_columns(c, item.row0, item.row1);
+#pragma unroll kUnroll
             for (int w = 0; w < kConsumers; ++w)
-                full[w] = full_steps(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), item.row1), keys.begin);
-            int key0 = keys.begin;
-            for (int j = 0; key0 < keys.end; ++j, key0 += kKeys, --steps_left) {
+                walk.full[w] =
+                    full_keys(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), item.row1), walk.keys.begin);
+            int key0 = walk.keys.begin;
+            for (; key0 < walk.keys.end; key0 += kKeys, --walk.steps_left) {
                 look_ahead();
                 barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
                 Step& step = s.step[ring.stage];
                 step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
-#pragma unroll
+#pragma unroll kUnroll
                 for (int w = 0; w < kConsumers; ++w) {
-                    const int row0 = item.row0 + kRows * w;
-                    const TileClass met = block_class(c, row0, min(row0 + kRows, item.row1), key0, kKeys);
-                    const int run = j + 1 >= full[w].begin ? max(0, full[w].end - (j + 1)) : 0;
+                    const Range full = walk.full[w];
+                    const int run = key0 + kKeys >= full.begin ? max(0, (full.end - key0) / kKeys - 1) : 0;
+                    int met = kTileFull;
+                    if (key0 < full.begin || key0 >= full.end) {
+                        const int row0 = item.row0 + kRows * w;
+                        met = block_class(c, row0, min(row0 + kRows, item.row1), key0, kKeys);
+                    }
                     step.met[w] = met | run << 2;
                 }
                 barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
-                for (int h = 0; h < kHalves; ++h)
-                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, kv_head, key0);
+#pragma unroll kUnrollParts
+                for (int h = 0; h < kParts; ++h)
+                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, walk.kv_head, key0);
                 if (!q_loaded)
                     load_q();  // after the first keys: these need not wait for the previous tile's last product
                 q_loaded = true;
                 barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
                 barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
-                for (int h = 0; h < kHalves; ++h)
-                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, kv_head, key0);
+#pragma unroll kUnrollParts
+                for (int h = 0; h < kVParts; ++h)
+                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, walk.kv_head, key0);
                 ring.advance();
             }
         }
         look_ahead();
         look_ahead();
-        work = next, item = next_item;
+        work = next;
     }
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-        barrier_wait(s.q_free[w], (round & 1) ^ 1);
+        barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
         s.work[w].num_steps = -1;
         barrier_arrive(s.q_full[w]);
     }
 }
 
 // ---- consumers ----
-// p = exp2(score - most), packed as the next product's operand, and its sums by row. Rows that saw no key yet have most
-// = -inf; 0 is subtracted there.
-__device__ __forceinline__ void weigh_scores(float scale, const float (&d)[kScores], const Rows& rows,
+// Whether a weight of the warp would be too large for the maximum in use.
+__device__ __forceinline__ bool too_high(const float (&d)[kScores], const Rows& rows, float slack) {
+    float most[2] = {d[0], d[2]}, odd_most[2] = {d[1], d[3]};
+#pragma unroll
+    for (int i = 4; i < kScores; i += 2) {
+        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
+        odd_most[i / 2 % 2] = fmaxf(odd_most[i / 2 % 2], d[i + 1]);
+    }
+    return __any_sync(
+        ~0u, fmaxf(most[0], odd_most[0]) > rows.most[0] + slack || fmaxf(most[1], odd_most[1]) > rows.most[1] + slack);
+}
+
+// p = exp2(score - most), packed as the next product's operand or else in the place of the scores, and their sums by
+// row. Rows that saw no key yet have most = -inf; 0 is subtracted there.
+__device__ __forceinline__ void weigh_scores(float scale, float (&d)[kScores], const Rows& rows,
                                              u32 (&p)[kKeys / 16][4], float (&sum)[2]) {
     float base[2], odd_sum[2] = {0, 0};
 #pragma unroll
@@ -170,7 +224,10 @@ __device__ __forceinline__ void weigh_scores(float scale, const float (&d)[kScor
         const float even = exp2_fast(d[i] * scale - base[e]), odd = exp2_fast(d[i + 1] * scale - base[e]);
         sum[e] += even;
         odd_sum[e] += odd;
-        p[i / 8][i / 2 % 4] = pack<T>(even, odd);
+        if constexpr (kPackEarly)
+            p[i / 8][i / 2 % 4] = pack<T>(even, odd);
+        else
+            d[i] = even, d[i + 1] = odd;
     }
 #pragma unroll
     for (int e = 0; e < 2; ++e) sum[e] += odd_sum[e];
@@ -178,17 +235,21 @@ __device__ __forceinline__ void weigh_scores(float scale, const float (&d)[kScor
 
 __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
     const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4,
-              column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
+    // The accumulators' layout: wgmma.cuh.
+    auto row_of = [](u32 i) { return static_cast<int>(i % 128 / 32 * 16 + i % 32 / 4); };
+    const int own_row = row_of(threadIdx.x), own_column = threadIdx.x % 4 * 2;
+    auto row = [&] { return kRoomy ? own_row : row_of(thread_index()); };
+    auto column = [&] { return kRoomy ? own_column : static_cast<int>(thread_index() % 4 * 2); };
     const float scale = TRANSFORM ? 1.f : a.scale_log2;
-    const float slack = kForwardSlack / scale;
+    const float slack = TRANSFORM ? kForwardSlack : a.slack;
     const u32 q_addr = smem_addr(s.q[w][0]);
+    const bool look_always = TRANSFORM && a.max_logits;
     float d[kScores], o[kOuts];
     u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
     float sum[2];
     Rows rows;
-    u32 ones;
-    asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
+    u32 ones = 0;
+    if (kPackEarly) asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
 
     auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
     auto pass_turn = [&] { named_arrive(kTurnBarrier + (w + 1) % kConsumers, 256); };
@@ -208,19 +269,29 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         const Operand v(smem_addr(s.v[0][0]) + stage * sizeof(s.v[0]), sizeof(s.v[0][0]), 1024);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, HEAD_DIM, 1>(o, p[i], v.at(2048 * i), 1);
+        for (int i = 0; i < kKeys / 16; ++i) wgmma_rs<T, V_DIM, 1>(o, p[i], v.at(2048 * i), 1);
         wgmma_commit();
     };
     auto met_at = [&](int stage) { return uniform(s.step[stage].met[w]); };
     Ring ring;
     if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
-    for (u32 item = 0;; ++item) {
-        barrier_wait(s.q_full[w], item & 1);
-        const Work work = s.work[w];
+    Work own_work;
+    Work& work = kRoomy ? own_work : s.mine[w][threadIdx.x % 128 / 32];
+    auto all_see_work = [] {
+        if constexpr (!kRoomy) __syncwarp();
+    };
+    if (!kRoomy && lane == 0) work.round = 0;
+    for (u32 round = 0;; ++round) {
+        all_see_work();
+        barrier_wait(s.q_full[w], (kRoomy ? round : work.round) & 1);
+        all_see_work();
+        if (kRoomy || lane == 0) work = s.work[w];
+        all_see_work();
         int left = uniform(work.num_steps);
         if (left < 0) break;
         bool fresh = true;  // rows of this warp may have seen no key
-        rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}};
+        rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}, {0, 0}};
+        float largest = -infinity();
 #pragma unroll
         for (int i = 0; i < kOuts; ++i) o[i] = 0;
         // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
@@ -229,21 +300,27 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         // maximum moves first. Returns whether the outputs have to be rescaled.
         auto weigh = [&](Mode mode) {
             if (TRANSFORM) transform_scores(a, d);
+            if (!kPackEarly && mode == kPlain && too_high(d, rows, slack)) mode = kCareful;  // weights overwrite scores
             bool grew = false;
             if (mode != kPlain) {
-                if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row, column, d);
+                if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row(), column(), d);
                 __syncwarp();  // all lanes have read the step
                 grew = move_maximum(scale, slack, d, rows);
-                fresh = __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+                fresh = look_always || __any_sync(~0u, rows.most[0] == -infinity() || rows.most[1] == -infinity());
+#pragma unroll
+                for (int e = 0; e < 2 && look_always; ++e)
+                    if (work.row0 + row() + 8 * e < work.row1) largest = fmaxf(largest, rows.found[e]);
             }
+            if constexpr (!kPackEarly) weigh_scores(scale, d, rows, next_p, sum);
             release(s.k_free[ring.stage]);
             --left;
-            for (;;) {
+            while (kPackEarly) {
                 weigh_scores(scale, d, rows, next_p, sum);
-                if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) return grew;
+                if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) break;
                 grew = move_maximum(scale, slack, d, rows);
                 mode = kCareful;
             }
+            return grew;
         };
         // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
         auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
@@ -254,10 +331,13 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             }
             rows.sum[0] += sum[0];
             rows.sum[1] += sum[1];
+            if (!kPackEarly) pin(d);  // not before the product has read p
 #pragma unroll
             for (int i = 0; i < kKeys / 16; ++i)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) p[i][e] = times_one<T>(next_p[i][e], ones);
+                for (int e = 0; e < 4; ++e)
+                    p[i][e] =
+                        kPackEarly ? times_one<T>(next_p[i][e], ones) : pack<T>(d[i * 8 + 2 * e], d[i * 8 + 2 * e + 1]);
         };
         while (left > 0) {
             barrier_wait(s.k_full[ring.stage], ring.parity);
@@ -281,7 +361,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             int full_left = fresh ? 0 : met >> 2;  // steps that need no look
             Ring v_ring = ring;
             ring.advance();
-            while (left > 0) {
+            while (kOverlap && left > 0) {
                 barrier_wait(s.k_full[ring.stage], ring.parity);
                 Mode mode = kPlain;
                 if (--full_left < 0) {
@@ -312,7 +392,12 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             release(s.v_free[v_ring.stage]);
         }
         release(s.q_free[w]);
-        write_rows(a, work, work.row0 + row, column, scale, rows, o);
+        write_rows(a, work, work.row0 + row(), column(), scale, rows, o);
+        if (look_always) {
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+            if (lane == 0) atomic_max(a.max_logits + work.head, largest * kLn2);
+        }
     }
     if (w == 0) take_turn();  // the last turn passed
 }

@@ -1,5 +1,5 @@
-// What a consumer of a forward does with the scores and the outputs that it holds in registers, for both kernel files
-// (ffa_fwd.cu, ffa_fwd_shapes.cu). They include this after their constants, Step and Work.
+// What does a consumer of the forward do with the scores and the outputs that it holds in registers? Included by
+// ffa_fwd.cu after its constants, Step and Work.
 #pragma once
 
 namespace magi {

@@ -41,30 +41,25 @@ class Variant:
 
 
 def _forward_variants() -> list[Variant]:
-    common = [
+    # kForwardShapes in args.cuh: head_dim, v_dim, rows
+    shapes = ((64, 64, 192), (64, 64, 128), (128, 128, 128), (192, 128, 128), (192, 192, 128), (256, 256, 128))
+    return [
         Variant(
-            f"ffa_fwd_d{dim}_{dtype}{'_transform' if transform else ''}",
+            f"ffa_fwd_d{dim}_v{v_dim}_r{rows}_{dtype}{'_transform' if transform else ''}",
             "ffa_fwd.cu",
-            (("HEAD_DIM", str(dim)), ("ELEMENT", dtype), ("TRANSFORM", str(transform))),
-            168,
+            (
+                ("HEAD_DIM", str(dim)),
+                ("V_DIM", str(v_dim)),
+                ("ROWS", str(rows)),
+                ("ELEMENT", dtype),
+                ("TRANSFORM", str(transform)),
+            ),
+            65536 // (128 + 2 * rows) // 8 * 8,  # two threads a row, and the producer's 128
         )
-        for dim in (64, 128)
+        for dim, v_dim, rows in shapes
         for dtype in ("bf16", "f16")
-        for transform in (0, 1)  # softcap, or a softmax_scale that is not positive
+        for transform in (0, 1)  # softcap, a softmax_scale that is not positive, or max_logits
     ]
-    shapes = [
-        Variant(
-            f"ffa_fwd_d{dim}_v{v_dim}_{dtype}{'_transform' if transform else ''}",
-            "ffa_fwd_shapes.cu",
-            (("HEAD_DIM", str(dim)), ("V_DIM", str(v_dim)), ("ELEMENT", dtype), ("TRANSFORM", str(transform))),
-            128 if dim == 64 else 168,  # of 512 threads, or of 384
-        )
-        for dim, v_dim in ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))  # kForwardShapes in args.cuh
-        for dtype in ("bf16", "f16")
-        for transform in (0, 1)  # also for max_logits, which at 128 is all that these are for
-        if transform or dim != 128
-    ]
-    return common + shapes
 
 
 def _backward_variants() -> list[Variant]:
