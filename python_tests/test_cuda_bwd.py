@@ -68,6 +68,27 @@ def test_random_masks(seed):
         check(rng, q, k, v, random_slices(rng, num_q, num_k), deterministic=pick([False, True]))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_long_slices(seed):
+    """Where slices have 4,096 rows on average (512 at head_dim 64), visits have more."""
+    rng = torch.Generator().manual_seed(100 + seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=rng))  # noqa: E731
+    count = 1 + seed % 2
+    num_q, num_k = 4096 * count + draw(0, 500), draw(1, 1500)
+    slices = []
+    for _ in range(count):
+        q0, k0 = draw(0, num_q), draw(0, num_k)
+        q1, k1 = draw(q0, num_q + 1), draw(k0, num_k + 1)
+        lo, hi = sorted((draw(-num_q, num_k), draw(-num_q, num_k)))
+        slices.append([q0, q1, k0, k1, lo if draw(0, 2) else -NONE, hi if draw(0, 2) else NONE])
+    if seed < 4:
+        slices = [[0, num_q, 0, num_k, -NONE, num_k - num_q if seed else NONE]]
+    dim, dtype = (64, 128, 40, 96)[seed // 2 % 4], (torch.bfloat16, torch.float16)[seed % 2]
+    options = [{}, {"softmax_scale": -0.1}, {"grad_dtype": torch.float32}, {"sm_margin": 100}][draw(0, 4)]
+    q, k, v = tensors(rng, num_q, num_k, 4, draw(1, 3), dim, dtype)
+    check(rng, q, k, v, torch.tensor(slices, dtype=torch.int32), **options)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(

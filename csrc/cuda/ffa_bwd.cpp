@@ -11,13 +11,20 @@ namespace {
 
 int padded_dim(const AttentionShape& s) { return std::max(s.head_dim, s.v_dim) <= 64 ? 64 : 128; }
 
+// Tall visits pay where walks are long: measured, from slices of this many rows on. (What a mask looks like inside is
+// not known here.)
+bool tall_visits(const BackwardParams& p) {
+    const int long_slice = padded_dim(p.shape) == 64 ? 512 : 4096;
+    return !p.deterministic && p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
+}
+
 // The workspace, in order. What must be zero comes first and is one fill.
 struct Workspace {
     size_t dq, turn, zeroed, lse, delta, table, order, total;
 };
 Workspace layout(const BackwardParams& p) {
     const AttentionShape& s = p.shape;
-    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = rows / kBackwardRows;
+    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = rows / kOrderedRows;
     Workspace w{};
     size_t at = 0;
     const auto take = [&](size_t bytes) {
@@ -47,16 +54,20 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     char* base = static_cast<char*>(workspace);
     const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
     const std::string variant = "ffa_bwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
-                                (p.softcap > 0 ? "_softcap" : "") + (p.deterministic ? "_ordered" : "");
-    const unsigned smem = backward_smem(dim);
+                                (p.softcap > 0 ? "_softcap" : "") +
+                                (p.deterministic  ? "_ordered"
+                                 : tall_visits(p) ? "_tall"
+                                                  : "");
+    const int rows = backward_rows(dim, tall_visits(p));
+    const unsigned smem = backward_smem(dim, rows);
     void* backward = kernel(variant, "ffa_bwd", device, smem);
     float* const dq = reinterpret_cast<float*>(base + at.dq);
 
     if (shape.num_q > 0) zero(base, at.zeroed, stream);
     if (shape.num_k > 0) {
         BackwardArgs a{};
-        a.table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k, kBackwardKeys,
-                              kBackwardRows, true, device, stream);
+        a.table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k, kBackwardKeys, rows,
+                              true, device, stream);
         a.lse_log2 = reinterpret_cast<float*>(base + at.lse);
         a.delta = reinterpret_cast<float*>(base + at.delta);
         a.rows_pad = rows_pad;
@@ -71,8 +82,8 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
             launch(kernel("ffa_bwd_rows", "backward_stats", device, 0),
                    {(unsigned)ceil_div(rows_pad, 32), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream,
                    stats);
-            a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, kBackwardRows);
-            a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, kBackwardRows);
+            a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, rows);
+            a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, rows);
         }
         a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kBackwardKeys);
         a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kBackwardKeys);
@@ -109,7 +120,7 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         if (p.deterministic) {
             a.turn = reinterpret_cast<int*>(base + at.turn);
             a.order = reinterpret_cast<int*>(base + at.order);
-            const int blocks = rows_pad / kBackwardRows;
+            const int blocks = rows_pad / kOrderedRows;
             launch(kernel("ffa_bwd_rows", "backward_order", device, 0), {(unsigned)ceil_div(blocks, 64)}, 64, 0, stream,
                    BackwardOrderArgs{a.table, p.slices, p.num_slices, shape.num_q, shape.num_k, blocks,
                                      reinterpret_cast<int*>(base + at.order)});
@@ -133,7 +144,7 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         f.type = p.dtype == Dtype::kBF16 ? kElementBF16 : kElementF16;
         f.is_float = p.grad_dtype == Dtype::kF32;
         f.scale = static_cast<float>(p.softmax_scale);
-        const int64_t items = (int64_t)ceil_div(shape.num_q, 4) * 4 * (dim / 16);
+        const int64_t items = (int64_t)ceil_div(shape.num_q, 4) * 2 * (dim / 16);
         launch(kernel("ffa_bwd_rows", "backward_finish", device, 0),
                {(unsigned)((items + 255) / 256), (unsigned)shape.num_q_heads}, 256, 0, stream, f);
     }

@@ -2,18 +2,19 @@
 // that touches them for every query head of the group, and writes dk and dv once (zeros where nobody attends): no
 // atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh).
 //
-// One thread plans visits of 64 rows, another streams their Q, dO, lse and delta by TMA, and two warps add dq to the
-// workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed with keys as
-// accumulator rows, so that P^T feeds dV and dS^T feeds dK from registers; dS^T also goes through swizzled shared
-// memory, where it is the A operand of dQ (MN-major; each warpgroup takes half of the columns). dq is stored while dK
-// is computed. (The order of products is that of FlashAttention-3's backward, arXiv 2407.08608.)
+// One thread plans visits of 64, 80 or 128 rows (ROWS), another streams their Q, dO, lse and delta by TMA, and two
+// warps add dq to the workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed
+// with keys as accumulator rows, so that P^T feeds dV and dS^T feeds dK from registers; dS^T also goes through swizzled
+// shared memory, where it is the B operand of dQ^T = K^T dS^T (so that rows need not come in multiples of 64; each
+// warpgroup takes half of the columns, or at head_dim 64 half of the rows). dq is stored while dK is computed. (The
+// order of products and 80 rows are those of FlashAttention-3's backward, arXiv 2407.08608.)
 //
 // Deterministic variants add the visits of a block of rows in ascending key order. Work is handed out in that order by
 // a counter to blocks that already run, and a visit waits only for work handed out earlier: the earliest unfinished
 // work waits for nobody, so nobody waits forever, however few blocks are resident.
 //
 // Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, SOFTCAP 0 or 1,
-// DETERMINISTIC 0 or 1.
+// DETERMINISTIC 0 or 1, ROWS as backward_rows has them.
 #include "ffa_bwd.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
@@ -23,22 +24,27 @@ namespace magi {
 using T = ELEMENT;
 constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
 constexpr int kConsumers = 2;           // warpgroups of 64 keys
-constexpr int kKeys = kBackwardKeys, kRows = kBackwardRows, kStages = kBackwardStages;
+constexpr int kKeys = kBackwardKeys, kRows = ROWS, kStages = kBackwardStages;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : 72, kConsumerRegisters = HEAD_DIM == 128 ? 240 : 216;
-constexpr int kSteps = HEAD_DIM / 16;                           // of the products over head_dim
-constexpr int kAhead = HEAD_DIM == 128 ? kSteps : 1;            // of dP's, queued before the exponentials
-constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;        // accumulators of a thread
-constexpr int kDqColumns = HEAD_DIM / 2;                        // of one consumer
-constexpr int kRowAlign = DETERMINISTIC ? kRows : 4;            // where a visit may start
-constexpr int kPlanned = 4;                                     // visits written down at a time
-enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
-constexpr int kBulkBytes = kRows * kDqColumns * 4;
+constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : kRows == 128 ? 40 : 72;
+constexpr int kConsumerRegisters = HEAD_DIM == 128 ? 240 : kRows == 128 ? 232 : 216;
+constexpr int kSteps = HEAD_DIM / 16;                                     // of the products over head_dim
+constexpr int kAhead = HEAD_DIM == 128 ? kSteps : 1;                      // of dP's, queued before the exponentials
+constexpr int kLseAhead = kRows == 128 ? kRows / 8 / kSteps : kRows / 8;  // pairs of lse read early
+constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;                  // accumulators of a thread
+constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of one consumer, 64 columns wide
+constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
+constexpr int kPlanned = 4;                                               // visits written down at a time
+enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };            // the last two + consumer
+constexpr int kBulkBytes = kDqRows * 64 * 4;
+constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
+static_assert(!DETERMINISTIC || kRows == kOrderedRows);
 
 struct Item {                                 // a tile of keys of one kv head
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
 };
-struct Visit {  // 64 rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1)
+// Rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1).
+struct Visit {
     int row0, head, masked, order;
     int first, last, lo, hi, key0, key1, spare0, spare1;
 };
@@ -57,8 +63,8 @@ struct DqJob {  // a consumer's share of dq, for its storer
 struct Smem {
     u16 k[kHalves][kKeys * 64], v[kHalves][kKeys * 64];
     u16 q[kStages][kHalves][kRows * 64], dout[kStages][kHalves][kRows * 64];
-    u16 ds[2][kKeys * kRows];  // [key][row], swizzled by hand
-    float dq[kConsumers][kRows * kDqColumns];
+    u16 ds[2][kKeys * kRows];  // [row / 16][key][row % 16], swizzled by hand
+    float dq[kConsumers][kDqRows * 64];
     float lse[kStages][kRows], delta[kStages][kRows];
     Visit visit[kPlanned];
     Item planned_item, item;
@@ -67,7 +73,7 @@ struct Smem {
     u64 item_planned, item_taken, visit_planned[kPlanned], visit_taken[kPlanned];
     u64 kv_full, kv_free, q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
 };
-static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM) && kStages == 2);
+static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM, kRows) && kStages == 2);
 
 // ---- planner: one thread walks the tiles' slices, a little ahead of the loads
 // -----------------------------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ __device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int 
 
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
-// Writes down visit `n` of the current slice: rows [row0, row0 + 64), and what of them the consumers may use.
+// Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
 __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
     const Plan& plan = s.plan;
     // The loader took visit n - 2 when the consumers were done with visit n - 4.
@@ -336,12 +342,13 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int key = 64 * w + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
     float dk[kOuts], dv[kOuts], p[kScores], dp[kScores];
-    float dq[kDqColumns / 2];
+    float dq[kDqRows / 2];
     u32 a_dv[kRows / 16][4], a_dk[kRows / 16][4];
     u32 keys = smem_addr(s.k[0]) + 8192 * w;
-    u32 key_columns = HEAD_DIM == 128 ? smem_addr(s.k[w * (kHalves - 1)]) : smem_addr(s.k[0]) + 64 * w;
+    u32 key_columns = smem_addr(s.k[w * (kHalves - 1)]);
     // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds keys + 8 (m & 1), rows + 8 (m >> 1).
-    const int ds_key = 64 * w + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, ds_chunk = lane / 16;
+    const int ds_key = 64 * w + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const int ds_at = ds_key * 32 + ((lane / 16 ^ (ds_key >> 2 & 1)) << 4);
     u32 visit = 0, kv_parity = 0;
 
     auto release = [&](u64& bar) {
@@ -374,9 +381,12 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
                 wgmma_commit();
             }
             float2 lse[kScores / 4];
+            auto read_lse = [&](int begin, int end) {
 #pragma unroll
-            for (int j = 0; j < kScores / 4; ++j)
-                lse[j] = *reinterpret_cast<const float2*>(s.lse[stage] + 8 * j + column);
+                for (int j = begin; j < end; ++j)
+                    lse[j] = *reinterpret_cast<const float2*>(s.lse[stage] + 8 * j + column);
+            };
+            read_lse(0, kLseAhead);
             const bool masked = s.visit[planned].masked;
             {
                 const Operand v(keys + sizeof(s.k), 16, 1024), rows(dout, 16, 1024);
@@ -397,6 +407,8 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
 #pragma unroll
                     for (int x = 0; x < kSteps; ++x) {
                         constexpr int kBlock = kScores / kSteps;
+                        if (kLseAhead < kScores / 4 && x + 1 < kSteps)
+                            read_lse((x + 1) * kBlock / 4, (x + 2) * kBlock / 4);
                         probabilities<kBlock>(a, lse, kBlock * x, p);
                         if (x + kAhead >= kSteps) continue;
                         wgmma_fence();
@@ -416,7 +428,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
                     a_dv[x][e] = pack<T>(p[8 * x + 2 * e], p[8 * x + 2 * e + 1]);
                     a_dk[x][e] = pack<T>(dp[8 * x + 2 * e], dp[8 * x + 2 * e + 1]);
                 }
-                store_matrices(ds + ds_key * 128 + (((2 * x + ds_chunk) ^ (ds_key & 7)) << 4), a_dk[x]);
+                store_matrices(ds + ds_at + x * kDsBlock, a_dk[x]);
             }
             {
                 const Operand rows(dout, sizeof(s.dout[0][0]), 1024);
@@ -428,11 +440,12 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             fence_async_shared();
             named_sync(kDsReady, 256);
             {
-                const Operand rows(ds, 16, 1024), k(key_columns, 16, 1024);
+                const Operand k(key_columns, 16, 1024);
+                const Operand rows(kHalves == 2 ? ds : ds + w * (kDqRows / 16 * kDsBlock), kDsBlock, 256, kSwizzle32);
                 wgmma_fence();
 #pragma unroll
                 for (int x = 0; x < kKeys / 16; ++x)
-                    wgmma_ss<T, kDqColumns, 1, 1>(dq, rows.at(2048 * x), k.at(2048 * x), x);
+                    wgmma_ss<T, kDqRows, 1, 1>(dq, k.at(2048 * x), rows.at(512 * x), x);
                 wgmma_commit();
             }
             wgmma_wait<1>();
@@ -449,18 +462,17 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             pin(dq);
 
             named_sync(kDqFree + w, 160);  // the storer has read the tile before
-            const u32 to = smem_addr(s.dq[w]) + (thread / 32 * 16 + lane / 4) / 4 * (16 * kDqColumns) +
-                           lane / 4 % 4 * 64 + lane % 4 * 16;
+            const int odd = lane % 4 / 2;  // of the eight rows, the second four
+            const u32 to =
+                smem_addr(s.dq[w]) + odd * 1024 + ((thread / 32 * 256 + lane / 4 * 32 + lane % 2 * 16) ^ (odd * 64));
 #pragma unroll
-            for (int y = 0; y < kDqColumns / 16; ++y)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    store_shared(to + e * (32 * kDqColumns) + y * 256, dq[8 * y + 2 * e], dq[8 * y + 2 * e + 1],
-                                 dq[8 * y + 4 + 2 * e], dq[8 * y + 5 + 2 * e]);
+            for (int j = 0; j < kDqRows / 8; ++j)
+                store_shared(to + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
             if (thread == 0) {
-                const int row0 = s.visit[planned].row0, half = s.visit[planned].head * 2 + w;
-                s.job[w] = {a.dq + (static_cast<long long>(half) * a.rows_pad + row0) * kDqColumns,
-                            a.turn + half * (a.rows_pad / kRows) + row0 / kRows, s.visit[planned].order};
+                const int row0 = s.visit[planned].row0, head = s.visit[planned].head;
+                const long long block = kHalves == 2 ? head * 2 + w : head;
+                s.job[w] = {a.dq + (block * a.rows_pad + row0 + (kHalves == 2 ? 0 : w * kDqRows)) * 64,
+                            a.turn + (head * 2 + w) * (a.rows_pad / kRows) + row0 / kRows, s.visit[planned].order};
             }
             fence_async_shared();
             named_arrive(kDqReady + w, 160);

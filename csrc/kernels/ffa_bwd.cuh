@@ -1,26 +1,32 @@
 // What does the backward hand to its kernels, and how is its workspace laid out? Host and device.
 //
-// Gradients of queries are summed in fp32 in a workspace of their own, in the order in which a thread of a wgmma
-// accumulator holds them: [heads][column half][row / 4][16-column block][row % 4][lane % 4][4], rows from 0 to
-// rows_pad. Every 4 rows of a half are contiguous, so a tile that starts at any multiple of 4 is one bulk reduce.
+// Gradients of queries are summed in fp32 in a workspace of their own, in the order in which threads hold them in the
+// accumulators of dq^T: [heads][head_dim / 64][row / 4] blocks of 4 rows x 64 columns, [column / 16][column % 8]
+// [row / 2 % 2][column / 8 % 2][row % 2] within a block, where odd blocks exchange columns % 4 of 0, 1 and 2, 3 (their
+// place in bytes is XORed with 64, so that a warp stores both at once). Rows go from 0 to rows_pad, and 8 of them are
+// contiguous in 64 columns: a tile that starts at any multiple of 8 is one bulk reduce.
 #pragma once
 
 #include "args.cuh"
 
 namespace magi {
 
-constexpr int kBackwardKeys = 128, kBackwardRows = 64, kBackwardStages = 2;
+constexpr int kBackwardKeys = 128, kBackwardStages = 2;
 
-// Rows of the workspace: a tile may start anywhere and reach kBackwardRows - 1 past the end.
-MAGI_HD constexpr int backward_rows_pad(int num_q) {
-    return ceil_div(num_q, kBackwardRows) * kBackwardRows + kBackwardRows;
-}
+// Rows of a visit. More rows cost fewer bytes of shared memory each, as the keys are read once a visit, but more of
+// them are padding where walks are short: `tall` is for long ones. Registers bound it. Ordered visits take turns on
+// blocks of kOrderedRows.
+constexpr int kOrderedRows = 64, kMostRows = 128;
+MAGI_HD constexpr int backward_rows(int head_dim, bool tall) { return tall ? (head_dim == 64 ? 128 : 80) : 64; }
 
-MAGI_HD constexpr unsigned backward_smem(int head_dim) {
-    return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * kBackwardRows)  // k, v; q, dout
-           + 2 * 2 * kBackwardKeys * kBackwardRows                               // ds, twice
-           + 4 * kBackwardRows * head_dim                                        // dq
-           + 2 * 4 * kBackwardStages * kBackwardRows + 1024;                     // lse, delta; visits, barriers
+// Rows of the workspace: a visit may start at any row and reach past the end.
+MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kOrderedRows) * kOrderedRows + kMostRows; }
+
+MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
+    return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * rows)  // k, v; q, dout
+           + 2 * 2 * kBackwardKeys * rows                               // ds, twice
+           + 4 * rows * head_dim                                        // dq
+           + 2 * 4 * kBackwardStages * rows + 1024;                     // lse, delta; visits, barriers
 }
 
 struct BackwardArgs {
@@ -39,9 +45,9 @@ struct BackwardArgs {
     long long dk_row_stride, dk_head_stride, dv_row_stride, dv_head_stride;
     int grad_is_float;
     float scale, scale_log2, softcap;
-    // Deterministic variants: visits of a block of kBackwardRows rows take turns.
-    int* turn;         // [heads, 2, rows_pad / kBackwardRows], zeroed
-    const int* order;  // [key tile, rows_pad / kBackwardRows]: visits of the block before this tile's
+    // Deterministic variants: visits of a block of kOrderedRows rows take turns.
+    int* turn;         // [heads, 2, rows_pad / kOrderedRows], zeroed
+    const int* order;  // [key tile, rows_pad / kOrderedRows]: visits of the block before this tile's
 };
 
 // ffa_bwd_rows.cu

@@ -40,51 +40,55 @@ extern "C" __global__ __launch_bounds__(64) void backward_order(const __grid_con
                 tile.first >= 0 ? a.table.pool[tile.first + e].slice : table_slice(a.slices[e], a.num_q, a.num_k, true);
             const Range rows = tile_columns(s, tile.row0, key1);
             visits +=
-                rows.begin < rows.end && rows.begin / kBackwardRows <= block && block <= (rows.end - 1) / kBackwardRows;
+                rows.begin < rows.end && rows.begin / kOrderedRows <= block && block <= (rows.end - 1) / kOrderedRows;
         }
     }
 }
 
-// dq = scale * workspace (+ dq_prev). A thread takes 16 columns of a row: consecutive threads share 4-row blocks.
+// dq = scale * workspace (+ dq_prev). A thread takes 16 columns of two rows.
 template <class T>
 __device__ void finish(const BackwardFinishArgs& a) {
-    const int blocks = a.padded_dim / 32;  // of 16 columns in a half
+    const int blocks = a.padded_dim / 64;
     const long long item = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int head = blockIdx.y, in4 = static_cast<int>(item % 4), y = static_cast<int>(item / 4 % blocks);
-    const int half = static_cast<int>(item / (4 * blocks) % 2);
-    const int row = static_cast<int>(item / (8 * blocks)) * 4 + in4;
-    const int column = half * (a.padded_dim / 2) + y * 16;
-    if (row >= a.num_q || column >= a.head_dim) return;
-    const int width = a.padded_dim / 2;
-    const float* from =
-        a.dq + ((static_cast<long long>(head) * 2 + half) * a.rows_pad + row - in4) * width + y * 64 + in4 * 16;
-    float x[16];
+    const int head = blockIdx.y, pair = static_cast<int>(item % 2), warp = static_cast<int>(item / 2 % 4);
+    const int block = static_cast<int>(item / 8 % blocks), row4 = static_cast<int>(item / (8 * blocks));
+    const int column = block * 64 + warp * 16;
+    if (row4 * 4 >= a.num_q || column >= a.head_dim) return;
+    const float* from = a.dq + ((static_cast<long long>(head) * blocks + block) * a.rows_pad + row4 * 4) * 64;
+    float x[2][16];
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-        const float4 f = __ldcs(reinterpret_cast<const float4*>(from) + lane);
-        x[2 * lane] = f.x * a.scale;
-        x[2 * lane + 1] = f.y * a.scale;
-        x[8 + 2 * lane] = f.z * a.scale;
-        x[9 + 2 * lane] = f.w * a.scale;
+    for (int i = 0; i < 8; ++i) {
+        const int at = (warp * 64 + i * 8 + pair * 4) ^ (row4 % 2 * 16);
+        const float4 f = __ldcs(reinterpret_cast<const float4*>(from + at));
+        x[0][i] = f.x * a.scale;
+        x[1][i] = f.y * a.scale;
+        x[0][8 + i] = f.z * a.scale;
+        x[1][8 + i] = f.w * a.scale;
     }
     const int count = min(16, a.head_dim - column);  // head_dim is a multiple of 8
-    const T* prev = static_cast<const T*>(a.dq_prev);
-    T* out = static_cast<T*>(a.out) + row * a.out_row_stride + head * a.out_head_stride + column;
-    if (prev) {
-        prev += (static_cast<long long>(row) * gridDim.y + head) * a.head_dim + column;
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
-            if (i < count) x[i] += to_float(prev[i]);
-    }
+    for (int e = 0; e < 2; ++e) {
+        const int row = row4 * 4 + pair * 2 + e;
+        if (row >= a.num_q) continue;
+        if (a.dq_prev) {
+            const T* prev = static_cast<const T*>(a.dq_prev) +
+                            (static_cast<long long>(row) * gridDim.y + head) * a.head_dim + column;
 #pragma unroll
-    for (int i = 0; i < 16; i += 8) {
-        if (i >= count) continue;
-        if constexpr (sizeof(T) == 4) {
-            *reinterpret_cast<float4*>(out + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-            *reinterpret_cast<float4*>(out + i + 4) = make_float4(x[i + 4], x[i + 5], x[i + 6], x[i + 7]);
-        } else {
-            *reinterpret_cast<uint4*>(out + i) = make_uint4(pack<T>(x[i], x[i + 1]), pack<T>(x[i + 2], x[i + 3]),
-                                                            pack<T>(x[i + 4], x[i + 5]), pack<T>(x[i + 6], x[i + 7]));
+            for (int i = 0; i < 16; ++i)
+                if (i < count) x[e][i] += to_float(prev[i]);
+        }
+        T* out = static_cast<T*>(a.out) + row * a.out_row_stride + head * a.out_head_stride + column;
+#pragma unroll
+        for (int i = 0; i < 16; i += 8) {
+            if (i >= count) continue;
+            const float* y = x[e] + i;
+            if constexpr (sizeof(T) == 4) {
+                *reinterpret_cast<float4*>(out + i) = make_float4(y[0], y[1], y[2], y[3]);
+                *reinterpret_cast<float4*>(out + i + 4) = make_float4(y[4], y[5], y[6], y[7]);
+            } else {
+                *reinterpret_cast<uint4*>(out + i) =
+                    make_uint4(pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+            }
         }
     }
 }

@@ -65,20 +65,21 @@ def _forward_variants() -> list[Variant]:
 def _backward_variants() -> list[Variant]:
     return [
         Variant(
-            f"ffa_bwd_d{dim}_{dtype}{'_softcap' if softcap else ''}{'_ordered' if deterministic else ''}",
+            f"ffa_bwd_d{dim}_{dtype}{'_softcap' if softcap else ''}{kind}",
             "ffa_bwd.cu",
             (
                 ("HEAD_DIM", str(dim)),
                 ("ELEMENT", dtype),
                 ("SOFTCAP", str(softcap)),
-                ("DETERMINISTIC", str(deterministic)),
+                ("DETERMINISTIC", str(int(kind == "_ordered"))),
+                ("ROWS", str((128 if dim == 64 else 80) if kind == "_tall" else 64)),  # backward_rows in ffa_bwd.cuh
             ),
             168,
         )
         for dim in (64, 128)
         for dtype in ("bf16", "f16")
         for softcap in (0, 1)
-        for deterministic in (0, 1)
+        for kind in ("", "_ordered", *([] if softcap else ["_tall"]))
     ]
 
 
