@@ -254,7 +254,7 @@ def test_typed_ranges():
 def test_unsupported_is_an_error():
     q = torch.randn(10, 1, 128, device="cuda")
     slices = torch.tensor([[0, 10, 0, 10, -NONE, NONE]], dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="q must be bfloat16 or float16 on CUDA, got float32: cast q, k and v"):
         ops.ffa.slices(q, q, q, slices)
     wide = torch.randn(10, 1, 264, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="at most 256"):

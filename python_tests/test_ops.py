@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import magi_attention  # noqa: F401
@@ -227,3 +229,26 @@ def test_raw_kernels_refuse_to_lose_a_gradient():
         ops.ffa_fwd(q, k, v, SLICES, softmax_scale=1.0)
     with torch.no_grad():
         ops.ffa_fwd(q, k, v, SLICES, softmax_scale=1.0)
+
+
+@pytest.mark.parametrize("op", [ops.ffa.slices, ops.ffa_max_logits])
+@pytest.mark.parametrize("dims, named", [((192, 128), "q"), ((64, 256), "v")])
+def test_gradients_that_do_not_exist_are_refused_before_the_forward(op, dims, named):
+    """On CUDA (a fake one here) wide heads have a forward only: no kernel may have run when the error comes."""
+    ran = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        q, k = (torch.empty(9, 2, dims[0], device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        v = torch.empty(9, 2, dims[1], device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        slices = torch.empty(3, 6, device="cuda", dtype=torch.int32)
+        with Record(), pytest.raises(RuntimeError, match=f"^{named} must have .* at most 128 on CUDA where gradients"):
+            op(q, k, v, slices)
+        assert "magi" not in ran
+        with torch.no_grad():
+            assert op(q, k, v, slices)[0].shape == (9, 2, dims[1])
+        assert op(q, k, v.detach(), slices)[0].shape == (9, 2, dims[1])

@@ -10,7 +10,8 @@ namespace magi::cuda {
 void check_support(Dtype dtype, const AttentionShape& shape, int most_dim) {
     const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
     if (dtype != Dtype::kBF16 && dtype != Dtype::kF16)
-        fail("q must be bfloat16 or float16 on CUDA; float32 and float64 run on the CPU");
+        fail("q must be bfloat16 or float16 on CUDA, got " + std::string(dtype == Dtype::kF32 ? "float32" : "float64") +
+             ": cast q, k and v (q.bfloat16(), or torch.autocast around what makes them), or move them to the CPU");
     for (const auto& [name, dim] : {std::pair{"q", shape.head_dim}, {"v", shape.v_dim}})
         if (dim > most_dim || dim % 8 != 0)
             fail(std::string(name) + " must have a head dimension that is a multiple of 8 and at most " +

@@ -203,17 +203,34 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 def raise_if_no_backward(q: Tensor, v: Tensor) -> None:
     """Raises RuntimeError where the forward is supported but its gradient is not."""
-    if q.is_cuda and max(q.shape[2], v.shape[2]) > _MAX_CUDA_BACKWARD_DIM:
-        raise RuntimeError(
-            f"q and v must have head dimensions of at most {_MAX_CUDA_BACKWARD_DIM} on CUDA where gradients are "
-            f"needed, got {q.shape[2]} and {v.shape[2]}; without them (torch.no_grad) up to 256 work, on the CPU any"
-        )
+    for name, x in (("q", q), ("v", v)):
+        if x.is_cuda and x.ndim == 3 and x.shape[2] > _MAX_CUDA_BACKWARD_DIM:
+            raise RuntimeError(
+                f"{name} must have a head dimension of at most {_MAX_CUDA_BACKWARD_DIM} on CUDA where gradients are "
+                f"needed, got {x.shape[2]}; without them (torch.no_grad) up to 256 work, on the CPU any"
+            )
+
+
+class _RefusingFirst(torch.library.Library):
+    """Autograd kernels put in through it refuse what has no gradient before the forward runs: `setup_context`, where it
+    could be told from the saved tensors, comes after."""
+
+    def impl(self, op_name: str, fn: Any, *args: Any, **kwargs: Any) -> None:
+        def autograd(keys: Any, *inputs: Any, **options: Any) -> Any:
+            q, _, v = inputs[:3]
+            if q.is_cuda and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+                raise_if_no_backward(q, v)
+            return fn(keys, *inputs, **options)
+
+        super().impl(op_name, autograd, *args, **kwargs)
+
+
+_differentiable = _RefusingFirst("magi", "FRAGMENT")
 
 
 def _ffa_setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     q, k, v, slices, sink = inputs
     out, lse, *rest = output
-    raise_if_no_backward(q, v)
     ctx.mark_non_differentiable(*rest)  # max_logits
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, slices, sink, out, lse)
@@ -236,7 +253,7 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | No
 
 
 for _name in ("magi::ffa.slices", "magi::ffa_max_logits"):
-    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context)
+    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context, lib=_differentiable)
 
 for _op in (_ops.ffa_fwd.default, _ops.ffa_fwd_max_logits.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
     raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
