@@ -141,3 +141,44 @@ def test_error_contract_numbers():
     assert_accurate("x", third.bfloat16(), third, third)
     with pytest.raises(AssertionError, match="max error"):
         assert_accurate("x", third.bfloat16() + 2**-8, third, third)
+
+
+class StoredOut(torch.autograd.Function):
+    """Exact attention of one row over two keys, but for a backward that reads the out it returned, as every kernel that
+    stores it does; `wrong` multiplies what it makes of it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, wrong):
+        probability = torch.softmax((q.double().transpose(0, 1) @ k.double().permute(1, 2, 0)) * q.shape[2] ** -0.5, 2)
+        out = (probability @ v.double().transpose(0, 1)).transpose(0, 1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, probability)
+        ctx.wrong = wrong
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, probability = (x.double() for x in ctx.saved_tensors)
+        dout = dout.double().transpose(0, 1)
+        delta = (dout * out.transpose(0, 1)).sum(-1, keepdim=True) * ctx.wrong
+        dscores = probability * (dout @ v.permute(1, 2, 0) - delta) * q.shape[2] ** -0.5
+        dk = (dscores.mT @ q.transpose(0, 1)).sum(0)[:, None]
+        dv = (probability.mT @ dout).sum(0)[:, None]
+        dq = (dscores @ k.transpose(0, 1)).transpose(0, 1)
+        return dq.bfloat16(), dk.bfloat16(), dv.bfloat16(), None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_error_contract_knows_that_a_backward_reads_a_rounded_out(seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (torch.randn(n, h, 64, generator=g).bfloat16() for n, h in ((1, 4), (2, 1), (2, 1), (1, 4)))
+
+    def function(wrong):
+        def run(q, k, v):
+            out = StoredOut.apply(q, k, v, wrong)
+            return out, attention(q, k, v, Mask.full(1, 2), dtype=None)[1]
+
+        return run
+
+    assert_attention(function(1.0), q, k, v, Mask.full(1, 2), dout)
+    with pytest.raises(AssertionError, match="max error"):
+        assert_attention(function(1.1), q, k, v, Mask.full(1, 2), dout)
