@@ -288,9 +288,11 @@ def peer_calls(case: Case, mask: Mask, q, k, v, grad: bool) -> dict[str, Callabl
     if predicate is not None:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        block = create_block_mask(predicate, None, None, mask.total_q, mask.total_k, device="cuda")
         flex = compiled_flex()
-        calls["flex"] = lambda: flex(*batched, block_mask=block, enable_gqa=group > 1)
+        block = functools.cache(
+            lambda: create_block_mask(predicate, None, None, mask.total_q, mask.total_k, device="cuda")
+        )
+        calls["flex"] = lambda: flex(*batched, block_mask=block(), enable_gqa=group > 1)
     return calls
 
 

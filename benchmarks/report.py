@@ -141,6 +141,8 @@ def readme_section(results: dict[str, dict]) -> str:
     for row in results.get("ffa_both", {"rows": []})["rows"]:
         if row["case"] == "causal 16k 32:32":
             parts.append(f"Forward and backward together, causal 16k: {peer(row, 'cudnn', False)} to cuDNN.")
+    titles = {"ffa_fwd": "Forward", "ffa_bwd": "Backward"}
+    parts += [f"![{titles[n]}: TFLOP/s of each implementation, a panel a mask](docs/{n}.png)" for n in found]
     return "\n\n".join(parts)
 
 
