@@ -456,7 +456,7 @@ def bars(direction: str, rows: list[dict], matrix_product: float) -> list[dict]:
         shares = []
         for row in rows:
             us = row.get("kernels_us", {})
-            if tiles := sum(t for name, t in us.items() if name == "tiles"):
+            if tiles := sum(t for name, t in us.items() if name in ("tiles", "tiles_small")):
                 shares.append((row, TILE_TABLE_SHARE / (tiles / sum(us.values()))))
         bar(f"8k, tile table: {TILE_TABLE_SHARE:.0%} of the time", 1.0, None, shares)
     elif direction == "bwd":

@@ -217,10 +217,13 @@ TensorMap heads_map(Dtype dtype, const Heads& t, int num_rows, int num_heads, in
 TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int num_q, int num_k, int tile_rows,
                       int step, bool transposed, int device, void* stream, bool cut) {
     const TileTable table = table_over(workspace, transposed ? num_k : num_q, tile_rows, step, num_slices, cut);
-    void* builder = kernel("tiles", "tiles", device, 0);
-    zero(table.header, sizeof(TileHeader), stream);
-    launch(builder, {(unsigned)table.num_tiles}, 256, 0, stream,
-           TilesArgs{table, slices, num_slices, num_q, num_k, transposed});
+    const TilesArgs args{table, slices, num_slices, num_q, num_k, transposed};
+    if (small_table(table.num_tiles, num_slices)) {
+        launch(kernel("tiles", "tiles_small", device, 0), {1}, 1024, 0, stream, args, /*overlap=*/true);
+    } else {
+        zero(table.header, sizeof(TileHeader), stream);
+        launch(kernel("tiles", "tiles", device, 0), {(unsigned)table.num_tiles}, 256, 0, stream, args);
+    }
     return table;
 }
 

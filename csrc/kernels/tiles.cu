@@ -1,4 +1,6 @@
-// Builds the tile table on the device: one block a tile lists its slices, the last block to finish sorts the tiles.
+// Builds the tile table on the device. A table of some hundreds of tiles is built by one block, which needs no other's
+// results and no cleared header (`tiles_small`). Otherwise one block a tile lists its slices, and the last block to
+// finish sorts the tiles (`tiles`).
 #include "tiles.cuh"
 
 #include "ptx.cuh"
@@ -19,6 +21,128 @@ __device__ Slice slice_at(const TilesArgs& a, int i) {
     return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed);
 }
 
+// ---- one block ----
+constexpr int kSmallThreads = 1024, kSmallWarps = kSmallThreads / 32;
+
+struct SmallSmem {
+    Slice slice[kMostSmallSlices];
+    int start[kMostSmallSlices], sorted[kMostSmallSlices + 1];  // first rows of the slices where tiles begin there
+    int last_tile[kMostSmallSlices + 1];                        // past the tiles of the rows from sorted[i] on
+    Tile tile[kMostSmallTiles];
+    int pool_used;
+};
+
+// Orders the rows where tiles begin and counts the tiles up to each; returns their number.
+__device__ int count_cut_tiles(const TilesArgs& a, SmallSmem& s) {
+    constexpr int kShare = kSmallThreads / kMostSmallSlices;  // threads that rank one slice
+    const int num_rows = a.transposed ? a.num_k : a.num_q, n = a.num_slices;
+    const int i = threadIdx.x / kShare, lane = threadIdx.x % 32;
+    if (i < n && threadIdx.x % kShare == 0) s.start[i] = s.slice[i].q0 < s.slice[i].q1 ? s.slice[i].q0 : num_rows;
+    if (threadIdx.x == 0) s.sorted[0] = 0;
+    __syncthreads();
+    const int start = i < n ? s.start[i] : 0;
+    int rank = 0;
+    for (int j = threadIdx.x % kShare; j < n; j += kShare) rank += s.start[j] < start || (s.start[j] == start && j < i);
+    for (int step = 1; step < kShare; step *= 2) rank += __shfl_xor_sync(~0u, rank, step);
+    if (i < n && threadIdx.x % kShare == 0) s.sorted[rank + 1] = start;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int total = 0;
+        for (int base = 0; base <= n; base += 32) {
+            const int at = base + lane, begin = at <= n ? s.sorted[at] : num_rows;
+            int last = ceil_div((at < n ? s.sorted[at + 1] : num_rows) - begin, a.table.tile_rows);  // running sum
+            for (int step = 1; step < 32; step *= 2) {
+                const int below = __shfl_up_sync(~0u, last, step);
+                if (lane >= step) last += below;
+            }
+            if (at <= n) s.last_tile[at] = total + last;
+            total += __shfl_sync(~0u, last, 31);
+        }
+    }
+    __syncthreads();
+    return s.last_tile[n];
+}
+
+// Rows of a tile of a cut table.
+__device__ Range cut_tile(const TilesArgs& a, const SmallSmem& s, int tile) {
+    int low = 0, high = a.num_slices;  // the first interval that ends past the tile
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (s.last_tile[middle] > tile)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    const int end = low < a.num_slices ? s.sorted[low + 1] : a.transposed ? a.num_k : a.num_q;
+    const int row0 = s.sorted[low] + (tile - (low ? s.last_tile[low - 1] : 0)) * a.table.tile_rows;
+    return {row0, min(row0 + a.table.tile_rows, end)};
+}
+
+extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __grid_constant__ TilesArgs a) {
+    __shared__ SmallSmem s;
+    let_later_kernels_start();
+    wait_for_earlier_kernels();  // the slices may be one's result, the workspace another's
+    const TileTable& t = a.table;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x < a.num_slices) s.slice[threadIdx.x] = slice_at(a, threadIdx.x);
+    if (threadIdx.x == 0) s.pool_used = 0;
+    __syncthreads();
+    const int num_tiles = t.cut ? count_cut_tiles(a, s) : t.num_tiles;
+    // Some lanes share a tile's slices: `group` of them, from lane `leader` on.
+    const int group = a.num_slices > 64 ? 32 : a.num_slices > 8 ? 8 : a.num_slices > 1 ? 4 : 1;
+    const int leader = lane / group * group, member = lane - leader;
+    auto group_bits = [&](bool mine) {
+        return __ballot_sync(~0u, mine) >> leader & (group == 32 ? ~0u : (1u << group) - 1);
+    };
+    for (int base = 0; base < num_tiles; base += kSmallThreads / group) {
+        const int i = base + threadIdx.x / group;
+        Range rows{0, 0};  // of no tile
+        if (i < num_tiles) {
+            const int row0 = i * t.tile_rows;
+            rows = t.cut ? cut_tile(a, s, i) : Range{row0, min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q)};
+        }
+        auto columns_of = [&](int slice) {
+            return slice < a.num_slices ? tile_columns(s.slice[slice], rows.begin, rows.end) : Range{0, 0};
+        };
+        int count = 0;
+        for (int first = 0; first < a.num_slices; first += group) {
+            const Range columns = columns_of(first + member);
+            count += __popc(group_bits(columns.begin < columns.end));
+        }
+        int at = 0;
+        if (member == 0 && count) at = atomicAdd(&s.pool_used, count);
+        at = __shfl_sync(~0u, at, leader);
+        const bool fits = at <= t.capacity - count;
+        const int pool = fits ? at : -1;
+        int steps = 0;
+        for (int first = 0; first < a.num_slices; first += group) {  // ascending
+            const int slice = first + member, mine = num_steps(columns_of(slice), t.step);
+            const u32 hits = group_bits(mine > 0);
+            if (mine > 0 && fits) t.pool[at + __popc(hits & ((1u << member) - 1))] = {s.slice[slice], slice, mine};
+            at += __popc(hits);
+            steps += mine;
+        }
+        for (int step = 1; step < group; step *= 2) steps += __shfl_xor_sync(~0u, steps, step);
+        if (member == 0 && i < num_tiles)
+            s.tile[i] = t.unsorted[i] = {rows.begin, t.cut ? pool | (rows.end - rows.begin - 1) << kRowsShift : pool,
+                                         fits ? count : a.num_slices, steps};
+    }
+    __syncthreads();
+    // A tile's place is how many go before it: heavier ones, and equals above it.
+    for (int i = warp; i < num_tiles; i += kSmallWarps) {
+        const int steps = s.tile[i].num_steps;
+        int before = 0;
+        for (int j = lane; j < num_tiles; j += 32) {
+            const int other = s.tile[j].num_steps;
+            before += other > steps || (other == steps && j < i);
+        }
+        before = __reduce_add_sync(~0u, before);
+        if (lane == 0) t.tiles[before] = s.tile[i];
+    }
+    if (threadIdx.x == 0) *t.header = {s.pool_used, num_tiles, 0, num_tiles};
+}
+
+// ---- many blocks ----
 // Sum over the block, the same in every thread.
 __device__ int block_sum(int x, int (&scratch)[kWarps]) {
     x = __reduce_add_sync(~0u, x);

@@ -27,7 +27,7 @@ struct alignas(32) TileSlice {
     int num_steps;
 };
 
-struct alignas(64) TileHeader {  // zeroed before the table is built
+struct alignas(64) TileHeader {  // zeroed before many blocks build the table
     int pool_used;
     int tiles_done;
     int next_work;  // a persistent kernel's work counter
@@ -37,7 +37,7 @@ struct alignas(64) TileHeader {  // zeroed before the table is built
 struct TileTable {
     TileHeader* header;
     Tile* tiles;      // [num_tiles], heavy first
-    Tile* unsorted;   // [num_tiles], scratch of the builder: ascending row0
+    Tile* unsorted;   // [num_tiles], ascending row0
     TileSlice* pool;  // [capacity]
     int num_tiles, tile_rows, step, capacity;
     int cut;  // tiles also begin where slices do: num_tiles is a bound then, and the header has the number
@@ -51,6 +51,12 @@ constexpr int kMaxCuts = 255;  // slices of a cut table: one block orders their 
 MAGI_HD constexpr bool worth_cutting(int num_rows, int tile_rows, int num_slices) {
     return num_slices > 1 && num_slices <= kMaxCuts && num_rows / num_slices >= tile_rows &&
            (num_rows / tile_rows + num_slices + 2LL) * num_slices < (1 << 20);
+}
+
+// What one block builds in about the time that many need to agree.
+constexpr int kMostSmallTiles = 256, kMostSmallSlices = 256;
+MAGI_HD constexpr bool small_table(int num_tiles, int num_slices) {
+    return num_tiles <= kMostSmallTiles && num_slices <= kMostSmallSlices && num_tiles * num_slices <= 1 << 14;
 }
 
 MAGI_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
