@@ -33,11 +33,15 @@ size_t forward_workspace(const ForwardParams& p) {
 
 // Key/value heads worked on together: as many as the L2 cache holds, so that tiles of one head find each other's keys
 // there, but enough for the last section to end with light tiles on every multiprocessor; sections of about equal size.
-static int section_heads(const AttentionShape& shape, int num_tiles, int num_sms) {
-    constexpr int64_t kCacheBytes = 32 << 20;
+// Short documents read queries and write outputs as much as they read keys, which leaves these less of the cache, and
+// all their tiles are light.
+static int section_heads(const ForwardParams& p, int num_tiles, int num_sms) {
+    const AttentionShape& shape = p.shape;
+    const bool documents = p.num_slices > 1 && shape.num_q / p.num_slices <= 2048;
+    const int64_t cache_bytes = (documents ? 8 : 32) << 20, least_tiles = (documents ? 1 : 3) * num_sms;
     const int64_t head_bytes = std::max<int64_t>(1, 2LL * shape.num_k * (shape.head_dim + shape.v_dim));
     const int64_t head_tiles = (int64_t)num_tiles * (shape.num_q_heads / shape.num_kv_heads);
-    const int64_t wanted = std::max(kCacheBytes / head_bytes, (3 * num_sms + head_tiles - 1) / head_tiles);
+    const int64_t wanted = std::max(cache_bytes / head_bytes, (least_tiles + head_tiles - 1) / head_tiles);
     const int64_t sections = std::max<int64_t>(1, shape.num_kv_heads / std::max<int64_t>(1, wanted));
     return (int)((shape.num_kv_heads + sections - 1) / sections);
 }
@@ -68,7 +72,7 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     a.num_heads = shape.num_q_heads;
     a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
     a.v_dim = shape.v_dim;
-    a.section_heads = section_heads(shape, a.table.num_tiles, num_sms(device)) * a.heads_per_kv;
+    a.section_heads = section_heads(p, a.table.num_tiles, num_sms(device)) * a.heads_per_kv;
     a.out = p.out.data;
     a.out_row_stride = p.out.row_stride;
     a.out_head_stride = p.out.head_stride;

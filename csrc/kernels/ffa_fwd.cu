@@ -30,7 +30,8 @@ constexpr int kConsumers = kShape.consumers;                 // warpgroups of 64
 constexpr int kRows = 64, kTileRows = ROWS, kKeys = kShape.keys, kStages = kShape.stages;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kRoomy || V_DIM == 192;
-constexpr int kUnroll = kConsumers == 2 ? 2 : 1, kUnrollParts = kRoomyProducer ? 4 : 1;  // of the producer's loops
+constexpr int kUnroll = kConsumers == 2 && !kRoomy ? 2 : 1,
+              kUnrollParts = kRoomyProducer && !kRoomy ? 4 : 1;  // of the producer's loops
 constexpr int kProducerRegisters = kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
 constexpr int kConsumerRegisters = kRoomyProducer ? 216 : kConsumers == 2 ? 232 : 160;
 constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
@@ -57,8 +58,9 @@ struct Walk {  // of the producer
     Item item;
     Slice slice;
     Range keys, full[kConsumers];
-    int num_tiles, kv_head, next_head, index, steps_left;  // index: of the slice in the tile
-    u32 round;                                             // tiles so far
+    int num_tiles, kv_head, index, steps_left;  // index: of the slice in the tile
+    int next_head, next, known;                 // of the next tile; known: how far it is looked up
+    u32 round;                                  // tiles so far
 };
 
 struct Smem {
@@ -87,10 +89,12 @@ __device__ int4 tile_of(const ForwardArgs& a, int num_tiles, int work, int& head
     head = first_head + at % heads;
     return __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
 }
+__device__ int first_of(const ForwardArgs& a, int4 tile) {
+    return a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
+}
 __device__ Item item_of(const ForwardArgs& a, int4 tile, int head) {
     const int rows = a.table.cut ? (static_cast<u32>(tile.y) >> kRowsShift) + 1 : kTileRows;
-    const int first = a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
-    return {head, tile.x, min(tile.x + rows, a.num_q), first, tile.z, tile.w};
+    return {head, tile.x, min(tile.x + rows, a.num_q), first_of(a, tile), tile.z, tile.w};
 }
 
 // First keys of the steps, in a walk from column col0 on, that are full for rows [row0, row1): begin, and past the
@@ -111,18 +115,32 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
     Ring ring;
     int work = blockIdx.x;
     int4 next_tile = tile_of(a, walk.num_tiles, work, walk.next_head);
+    int4 slice_lo{}, slice_hi{};  // the next tile's first slice, where registers allow
+    auto read_first_slice = [&] {
+        const int first = first_of(a, next_tile);
+        if (!kRoomy || next_tile.z == 0 || first < 0) return;
+        const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first);
+        slice_lo = __ldg(entry), slice_hi = __ldg(entry + 1);
+    };
+    read_first_slice();
     for (walk.round = 0; work < walk.num_tiles * a.num_heads; ++walk.round) {
         walk.item = item_of(a, next_tile, walk.next_head);
         walk.kv_head = item.head / a.heads_per_kv;
-        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up early
-        // enough to arrive before this one ends.
-        int next = -1;
+        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up one
+        // thing at a time: each arrives while something else is done.
+        int own_next, own_known;
+        int &next = kRoomyProducer ? own_next : walk.next, &known = kRoomyProducer ? own_known : walk.known;
+        next = -1, known = 0;
         walk.steps_left = item.num_steps;
         auto look_ahead = [&] {
-            if (walk.steps_left <= 4 && next < 0)
+            if (walk.steps_left > 4) return;
+            if (known == 0)
                 next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
-            else if (walk.steps_left <= 2)
+            else if (known == 1)
                 next_tile = tile_of(a, walk.num_tiles, next, walk.next_head);
+            else if (known == 2)
+                read_first_slice();
+            ++known;
         };
         auto load_q = [&] {
 #pragma unroll kUnroll
@@ -141,7 +159,8 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
         for (walk.index = 0; walk.index < item.num_slices; ++walk.index) {
             if (item.first >= 0) {
                 const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + walk.index);
-                const int4 lo = __ldg(entry), hi = __ldg(entry + 1);
+                const bool here = kRoomy && walk.index == 0;
+                const int4 lo = here ? slice_lo : __ldg(entry), hi = here ? slice_hi : __ldg(entry + 1);
                 walk.slice = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
             } else {
                 walk.slice = table_slice(a.slices[walk.index], a.num_q, a.num_k, false);
@@ -172,6 +191,7 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
 #pragma unroll kUnrollParts
                 for (int h = 0; h < kParts; ++h)
                     tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, walk.kv_head, key0);
+                look_ahead();
                 if (!q_loaded)
                     load_q();  // after the first keys: these need not wait for the previous tile's last product
                 q_loaded = true;
@@ -180,11 +200,11 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
 #pragma unroll kUnrollParts
                 for (int h = 0; h < kVParts; ++h)
                     tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, walk.kv_head, key0);
+                look_ahead();
                 ring.advance();
             }
         }
-        look_ahead();
-        look_ahead();
+        while (known < 3) look_ahead();
         work = next;
     }
 #pragma unroll
@@ -287,8 +307,9 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         all_see_work();
         if (kRoomy || lane == 0) work = s.work[w];
         all_see_work();
-        int left = uniform(work.num_steps);
-        if (left < 0) break;
+        const int steps = uniform(work.num_steps);
+        if (steps < 0) break;
+        int left = steps;
         bool fresh = true;  // rows of this warp may have seen no key
         rows = {{-infinity(), -infinity()}, {0, 0}, {0, 0}, {0, 0}};
         float largest = -infinity();
@@ -324,8 +345,8 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         };
         // What is to be done with a step that meets this consumer so; rows without a maximum need one first.
         auto mode_of = [&](int met) { return (met & 3) == kTilePartial ? kMasked : fresh ? kCareful : kPlain; };
-        auto accept = [&](bool grew) {  // after the product that reads p
-            if (grew) {
+        auto accept = [&](bool grew, bool first) {  // after the product that reads p
+            if (grew && !first) {                   // or else the outputs are zero
 #pragma unroll
                 for (int i = 0; i < kOuts; ++i) o[i] *= rows.rescale[i / 2 % 2];
             }
@@ -357,7 +378,8 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             pass_turn();
             wgmma_wait<0>();
             pin(d);
-            accept(weigh(mode_of(met)));
+            const bool first = kRoomy && left == steps;
+            accept(weigh(mode_of(met)), first);
             int full_left = fresh ? 0 : met >> 2;  // steps that need no look
             Ring v_ring = ring;
             ring.advance();
@@ -381,7 +403,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                 wgmma_wait<0>();
                 pin(o);
                 release(s.v_free[v_ring.stage]);
-                accept(grew);
+                accept(grew, false);
                 v_ring = ring;
                 ring.advance();
             }
