@@ -86,7 +86,7 @@ def test_long_slices(seed):
     dim, dtype = (64, 128, 40, 96)[seed // 2 % 4], (torch.bfloat16, torch.float16)[seed % 2]
     options = [{}, {"softmax_scale": -0.1}, {"grad_dtype": torch.float32}, {"sm_margin": 100}][draw(0, 4)]
     q, k, v = tensors(rng, num_q, num_k, 4, draw(1, 3), dim, dtype)
-    check(rng, q, k, v, torch.tensor(slices, dtype=torch.int32), **options)
+    check(rng, q, k, v, torch.tensor(slices, dtype=torch.int32), deterministic=bool(draw(0, 2)), **options)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -15,7 +15,12 @@ int padded_dim(const AttentionShape& s) { return std::max(s.head_dim, s.v_dim) <
 // not known here.)
 bool tall_visits(const BackwardParams& p) {
     const int long_slice = padded_dim(p.shape) == 64 ? 512 : 4096;
-    return !p.deterministic && p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
+    return p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
+}
+
+// Of rows that ordered visits take turns on.
+int num_blocks(const BackwardParams& p) {
+    return ceil_div(backward_rows_pad(p.shape.num_q), backward_rows(padded_dim(p.shape), tall_visits(p)));
 }
 
 // The workspace, in order. What must be zero comes first and is one fill.
@@ -24,7 +29,7 @@ struct Workspace {
 };
 Workspace layout(const BackwardParams& p) {
     const AttentionShape& s = p.shape;
-    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = rows / kOrderedRows;
+    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = num_blocks(p);
     Workspace w{};
     size_t at = 0;
     const auto take = [&](size_t bytes) {
@@ -54,10 +59,8 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     char* base = static_cast<char*>(workspace);
     const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
     const std::string variant = "ffa_bwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
-                                (p.softcap > 0 ? "_softcap" : "") +
-                                (p.deterministic  ? "_ordered"
-                                 : tall_visits(p) ? "_tall"
-                                                  : "");
+                                (p.softcap > 0 ? "_softcap" : "") + (p.deterministic ? "_ordered" : "") +
+                                (tall_visits(p) ? "_tall" : "");
     const int rows = backward_rows(dim, tall_visits(p));
     const unsigned smem = backward_smem(dim, rows);
     void* backward = kernel(variant, "ffa_bwd", device, smem);
@@ -120,9 +123,10 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         if (p.deterministic) {
             a.turn = reinterpret_cast<int*>(base + at.turn);
             a.order = reinterpret_cast<int*>(base + at.order);
-            const int blocks = rows_pad / kOrderedRows;
-            launch(kernel("ffa_bwd_rows", "backward_order", device, 0), {(unsigned)ceil_div(blocks, 64)}, 64, 0, stream,
-                   BackwardOrderArgs{a.table, p.slices, p.num_slices, shape.num_q, shape.num_k, blocks,
+            a.num_blocks = num_blocks(p);
+            launch(kernel("ffa_bwd_rows", "backward_order", device, 0), {(unsigned)ceil_div(a.num_blocks, 64)}, 64, 0,
+                   stream,
+                   BackwardOrderArgs{a.table, p.slices, p.num_slices, shape.num_q, shape.num_k, a.num_blocks, rows,
                                      reinterpret_cast<int*>(base + at.order)});
         }
         const int64_t work = (int64_t)a.table.num_tiles * a.num_kv_heads;

@@ -38,7 +38,6 @@ constexpr int kPlanned = 4;                                               // vis
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };            // the last two + consumer
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
-static_assert(!DETERMINISTIC || kRows == kOrderedRows);
 
 struct Item {                                 // a tile of keys of one kv head
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
@@ -84,6 +83,9 @@ __device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int 
     return {x.x, x.y, x.z, x.w, y.x, y.y};
 }
 
+// Where the visits of a slice begin whose first row is this one.
+__device__ __forceinline__ int first_row(int row) { return row - static_cast<u32>(row) % kRowAlign; }
+
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
 // Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
@@ -103,7 +105,7 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
     visit.lo = lo;
     visit.hi = hi;
     visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
-    if (DETERMINISTIC) visit.order = a.order[static_cast<long long>(plan.index) * (a.rows_pad / kRows) + row0 / kRows];
+    if (DETERMINISTIC) visit.order = a.order[static_cast<long long>(plan.index) * a.num_blocks + row0 / kRows];
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
@@ -142,7 +144,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             visits = 0;
             for (int i = 0; i < plan.num_slices; ++i) {
                 const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
-                if (rows.begin < rows.end) visits += ceil_div(rows.end - (rows.begin & -kRowAlign), kRows);
+                if (rows.begin < rows.end) visits += ceil_div(rows.end - (first_row(rows.begin)), kRows);
             }
             visits *= a.heads_per_kv;
         }
@@ -168,9 +170,9 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                     plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
                     plan.hi = x.hi + plan.tile_key0;
                 }
-                const int first_row = plan.row0 & -kRowAlign, last = (plan.row1 - 1 - first_row) / kRows;
+                const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
                 for (int block = 0; block <= last; ++block) {
-                    const int row0 = first_row + (plan.down ? last - block : block) * kRows;
+                    const int row0 = from + (plan.down ? last - block : block) * kRows;
                     if (DETERMINISTIC) {
                         plan_visit(a, s, n++, row0);
                     } else {
@@ -472,7 +474,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
                 const int row0 = s.visit[planned].row0, head = s.visit[planned].head;
                 const long long block = kHalves == 2 ? head * 2 + w : head;
                 s.job[w] = {a.dq + (block * a.rows_pad + row0 + (kHalves == 2 ? 0 : w * kDqRows)) * 64,
-                            a.turn + (head * 2 + w) * (a.rows_pad / kRows) + row0 / kRows, s.visit[planned].order};
+                            a.turn + (head * 2 + w) * a.num_blocks + row0 / kRows, s.visit[planned].order};
             }
             fence_async_shared();
             named_arrive(kDqReady + w, 160);

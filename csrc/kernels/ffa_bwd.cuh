@@ -14,13 +14,12 @@ namespace magi {
 constexpr int kBackwardKeys = 128, kBackwardStages = 2;
 
 // Rows of a visit. More rows cost fewer bytes of shared memory each, as the keys are read once a visit, but more of
-// them are padding where walks are short: `tall` is for long ones. Registers bound it. Ordered visits take turns on
-// blocks of kOrderedRows.
-constexpr int kOrderedRows = 64, kMostRows = 128;
+// them are padding where walks are short: `tall` is for long ones. Registers bound it.
+constexpr int kMostRows = 128;
 MAGI_HD constexpr int backward_rows(int head_dim, bool tall) { return tall ? (head_dim == 64 ? 128 : 80) : 64; }
 
 // Rows of the workspace: a visit may start at any row and reach past the end.
-MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kOrderedRows) * kOrderedRows + kMostRows; }
+MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kMostRows) * kMostRows + kMostRows; }
 
 MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
     return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * rows)  // k, v; q, dout
@@ -45,9 +44,10 @@ struct BackwardArgs {
     long long dk_row_stride, dk_head_stride, dv_row_stride, dv_head_stride;
     int grad_is_float;
     float scale, scale_log2, softcap;
-    // Deterministic variants: visits of a block of kOrderedRows rows take turns.
-    int* turn;         // [heads, 2, rows_pad / kOrderedRows], zeroed
-    const int* order;  // [key tile, rows_pad / kOrderedRows]: visits of the block before this tile's
+    // Deterministic variants: visits of a block of backward_rows rows take turns.
+    int num_blocks;
+    int* turn;         // [heads, 2, num_blocks], zeroed
+    const int* order;  // [key tile, num_blocks]: visits of the block before this tile's
 };
 
 // ffa_bwd_rows.cu
@@ -59,7 +59,7 @@ struct BackwardStatsArgs {
 struct BackwardOrderArgs {
     TileTable table;
     const Slice* slices;
-    int num_slices, num_q, num_k, num_blocks;
+    int num_slices, num_q, num_k, num_blocks, block_rows;
     int* order;
 };
 struct BackwardFinishArgs {

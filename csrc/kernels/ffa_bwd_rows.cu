@@ -40,7 +40,7 @@ extern "C" __global__ __launch_bounds__(64) void backward_order(const __grid_con
                 tile.first >= 0 ? a.table.pool[tile.first + e].slice : table_slice(a.slices[e], a.num_q, a.num_k, true);
             const Range rows = tile_columns(s, tile.row0, key1);
             visits +=
-                rows.begin < rows.end && rows.begin / kOrderedRows <= block && block <= (rows.end - 1) / kOrderedRows;
+                rows.begin < rows.end && rows.begin / a.block_rows <= block && block <= (rows.end - 1) / a.block_rows;
         }
     }
 }

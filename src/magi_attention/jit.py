@@ -71,15 +71,15 @@ def _backward_variants() -> list[Variant]:
                 ("HEAD_DIM", str(dim)),
                 ("ELEMENT", dtype),
                 ("SOFTCAP", str(softcap)),
-                ("DETERMINISTIC", str(int(kind == "_ordered"))),
-                ("ROWS", str((128 if dim == 64 else 80) if kind == "_tall" else 64)),  # backward_rows in ffa_bwd.cuh
+                ("DETERMINISTIC", str(int("_ordered" in kind))),
+                ("ROWS", str((128 if dim == 64 else 80) if "_tall" in kind else 64)),  # backward_rows in ffa_bwd.cuh
             ),
             168,
         )
         for dim in (64, 128)
         for dtype in ("bf16", "f16")
         for softcap in (0, 1)
-        for kind in ("", "_ordered", *([] if softcap else ["_tall"]))
+        for kind in ("", "_ordered", *([] if softcap else ["_tall", "_ordered_tall"]))
     ]
 
 
