@@ -315,6 +315,11 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         float largest = -infinity();
 #pragma unroll
         for (int i = 0; i < kOuts; ++i) o[i] = 0;
+        auto end_scores = [&] {  // queries go with the last ones, so that the next arrive beside what is left to do
+            release(s.k_free[ring.stage]);
+            if (--left == 0 && kRoomy) release(s.q_free[w]);
+        };
+        if (steps == 0 && kRoomy) release(s.q_free[w]);
         // Weights of the scores in d. Looking for the maximum would cost a third of the time, so a full step takes the
         // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
         // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
@@ -333,8 +338,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                     if (work.row0 + row() + 8 * e < work.row1) largest = fmaxf(largest, rows.found[e]);
             }
             if constexpr (!kPackEarly) weigh_scores(scale, d, rows, next_p, sum);
-            release(s.k_free[ring.stage]);
-            --left;
+            end_scores();
             while (kPackEarly) {
                 weigh_scores(scale, d, rows, next_p, sum);
                 if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) break;
@@ -366,8 +370,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             if ((met & 3) == kTileEmpty) {
                 take_turn();
                 pass_turn();
-                release(s.k_free[ring.stage]);
-                --left;
+                end_scores();
                 barrier_wait(s.v_full[ring.stage], ring.parity);  // a release belongs to this round of the ring
                 release(s.v_free[ring.stage]);
                 ring.advance();
@@ -413,7 +416,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             pin(o);
             release(s.v_free[v_ring.stage]);
         }
-        release(s.q_free[w]);
+        if (!kRoomy) release(s.q_free[w]);
         write_rows(a, work, work.row0 + row(), column(), scale, rows, o);
         if (look_always) {
 #pragma unroll
