@@ -34,7 +34,8 @@ def test_gather_is_exact(count, shape, dtype):
 @pytest.mark.parametrize("op", ["sum", "mean"])
 @pytest.mark.parametrize("count", [0, 1, 40, 1025, 5000])
 @pytest.mark.parametrize(
-    "width,dtype", [(256, torch.bfloat16), (3, torch.float32), (64, torch.float16), (64, torch.float32)]
+    "width,dtype",  # several rows a tile, and a row of several
+    [(256, torch.bfloat16), (3, torch.float32), (64, torch.float16), (64, torch.float32), (2568, torch.bfloat16)],
 )
 def test_scatter_reduce(op, count, width, dtype):
     rng = torch.Generator().manual_seed(count)

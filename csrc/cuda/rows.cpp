@@ -28,10 +28,12 @@ bool aligned(std::initializer_list<const void*> pointers, int bytes) {
 }
 
 Grid fill(int64_t blocks, int device) { return {(unsigned)std::clamp<int64_t>(blocks, 1, 8LL * num_sms(device))}; }
+Grid one_each(int64_t blocks, int device) { return {(unsigned)std::clamp<int64_t>(blocks, 1, num_sms(device))}; }
 
-// The running sum of many ranges goes to memory first; few are summed by each block itself (null).
-const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, void* workspace, int device, void* stream) {
-    if (num_ranges <= kFewRanges) return nullptr;
+// The running sums of the ranges go to memory first, unless they are few and each block sums for itself (null).
+const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, bool by_block, void* workspace, int device,
+                             void* stream) {
+    if (by_block && num_ranges <= kFewRanges) return nullptr;
     auto* first = static_cast<long long*>(workspace);
     launch(kernel("rows", "scan", device, 0), {1}, 1024, 0, stream, ScanArgs{ranges, first, (int)num_ranges});
     return first;
@@ -39,45 +41,70 @@ const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, void* w
 
 }  // namespace
 
-size_t ranges_workspace(int64_t num_ranges) {
-    return num_ranges <= kFewRanges ? 0 : (num_ranges + 1) * sizeof(long long);
-}
+size_t ranges_workspace(int64_t num_ranges) { return (num_ranges + 1) * sizeof(long long); }
 
 void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, const RowRange* ranges,
                   int64_t num_ranges, void* workspace, int device) {
     if (total == 0 || row_bytes == 0) return;
     void* stream = current_stream(device);
-    const int width = row_bytes % 16 == 0 && aligned({src, dst}, 16) ? 16
-                      : row_bytes % 4 == 0 && aligned({src, dst}, 4) ? 4
-                                                                     : 1;
-    void* gather = kernel("rows", ("gather" + std::to_string(width)).c_str(), device, 0);
-    const long long* first = scan_ranges(ranges, num_ranges, workspace, device, stream);
-    const int64_t tile_rows = std::clamp<int64_t>(32768 / row_bytes, 1, kThreads);
-    launch(gather, fill((total + tile_rows - 1) / tile_rows, device), kThreads, 0, stream,
-           GatherArgs{(const char*)src, (char*)dst, ranges, first, (int)num_ranges, total, row_bytes});
+    const bool bulk = row_bytes % 16 == 0 && aligned({src, dst}, 16);
+    const long long* first = scan_ranges(ranges, num_ranges, bulk, workspace, device, stream);
+    const GatherArgs args{(const char*)src, (char*)dst, ranges, first, (int)num_ranges, total, row_bytes};
+    if (bulk) {
+        const int64_t stages = (total * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
+        launch(kernel("rows", "gather16", device, kRowSmem), one_each(stages, device), kRowThreads, kRowSmem, stream,
+               args, /*overlap=*/true);
+    } else {
+        const char* gather = row_bytes % 4 == 0 && aligned({src, dst}, 4) ? "gather4" : "gather1";
+        const int64_t tile_rows = std::clamp<int64_t>(32768 / row_bytes, 1, kThreads);
+        launch(kernel("rows", gather, device, 0), fill((total + tile_rows - 1) / tile_rows, device), kThreads, 0,
+               stream, args);
+    }
 }
 
 void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements,
                           const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace, int device) {
     if (num_rows == 0 || row_elements == 0) return;
+    if (num_rows > INT32_MAX) throw std::runtime_error("magi_attention: rows must be less than 2**31 on CUDA");
     void* stream = current_stream(device);
-    const bool wide = row_elements % 8 == 0 && aligned({src, dst}, 16);
-    void* scatter = kernel("rows", wide ? "scatter8" : "scatter1", device, 0);
-    const long long* first = scan_ranges(ranges, num_ranges, workspace, device, stream);
-    launch(
-        scatter, fill((num_rows + 7) / 8, device), kThreads, 0, stream,
-        ScatterArgs{src, dst, ranges, first, (int)num_ranges, num_rows, row_elements, element_type(dtype, "y"), mean});
+    const int type = element_type(dtype, "y");
+    const int64_t row_bytes = row_elements * (type == kElementF32 ? 4 : 2);
+    const bool bulk = row_bytes % 16 == 0 && aligned({src, dst}, 16);
+    const long long* first = scan_ranges(ranges, num_ranges, bulk, workspace, device, stream);
+    const ScatterArgs args{src, dst, ranges, first, (int)num_ranges, num_rows, row_elements, type, mean};
+    if (bulk) {
+        const char* scatter = type == kElementF32    ? "scatter_f32"
+                              : type == kElementBF16 ? "scatter_bf16"
+                                                     : "scatter_f16";
+        const int64_t stages = (num_rows * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
+        launch(kernel("rows", scatter, device, kRowSmem), one_each(stages, device), kRowThreads, kRowSmem, stream, args,
+               /*overlap=*/true);
+    } else {
+        launch(kernel("rows", "scatter1", device, 0), fill((num_rows + 7) / 8, device), kThreads, 0, stream, args);
+    }
 }
 
 void merge_partials(Dtype dtype_a, const void* out_a, const float* lse_a, Dtype dtype_b, const void* out_b,
                     const float* lse_b, void* out, float* lse, int64_t num_rows, int dim, int device) {
     if (num_rows == 0) return;
-    const bool wide = dim % 8 == 0 && aligned({out_a, out_b, out}, 16);
-    launch(kernel("rows", wide ? "merge8" : "merge1", device, 0),
-           fill((num_rows * dim / (wide ? 8 : 1) + kThreads - 1) / kThreads, device), kThreads, 0,
-           current_stream(device),
-           MergeArgs{out_a, out_b, lse_a, lse_b, out, lse, num_rows, dim, element_type(dtype_a, "out"),
-                     element_type(dtype_b, "out_i")});
+    const MergeArgs args{out_a,
+                         out_b,
+                         lse_a,
+                         lse_b,
+                         out,
+                         lse,
+                         num_rows,
+                         dim,
+                         element_type(dtype_a, "out"),
+                         element_type(dtype_b, "out_i")};
+    void* stream = current_stream(device);
+    const int64_t eights = num_rows * dim / 8;
+    if (dim % 8 == 0 && eights < (int64_t(1) << 31) && aligned({out_a, out_b, out}, 16))
+        launch(kernel("rows", "merge8", device, 0), {(unsigned)((eights + kMergeEights - 1) / kMergeEights)}, kThreads,
+               0, stream, args);
+    else
+        launch(kernel("rows", "merge1", device, 0), fill((num_rows * dim + kThreads - 1) / kThreads, device), kThreads,
+               0, stream, args);
 }
 
 void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& dout, const Heads& out,

@@ -67,8 +67,9 @@ struct GatherArgs {
     const char* src;
     char* dst;
     const RowRange* ranges;
-    const long long*
-        first;  // [num_ranges + 1] running sum of their lengths; null: few ranges, each block sums for itself
+    // [num_ranges + 1] running sum of their lengths; null: at most kFewRanges, and each block sums for itself (gather16
+    // and the scatters of whole vectors only)
+    const long long* first;
     int num_ranges;
     long long total;  // rows of dst
     long long row_bytes;
@@ -109,6 +110,11 @@ struct BandArgs {
     Slice* slices;
     int num_slices;
 };
-constexpr int kFewRanges = 1024;
+constexpr int kFewRanges = 4096;
+// Kernels that move rows by bulk copies: one block a multiprocessor, of which the first warps have a ring of stages
+// each; beside these barriers, sums of ranges and lists of them.
+constexpr int kRowThreads = 448, kRowWarps = 12, kRowStages = 3, kRowStageBytes = 4096;
+constexpr unsigned kRowSmem = kRowWarps * kRowStages * (kRowStageBytes + 24) + 8 * (kFewRanges + 2) + 4 * 4096;
+constexpr int kMergeEights = 1024;  // of a block of merge8
 
 }  // namespace magi

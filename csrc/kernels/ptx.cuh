@@ -68,8 +68,17 @@ __device__ __forceinline__ void bulk_add(float* dst, const float* src, u32 bytes
         "r"(smem_addr(src)), "r"(bytes)
         : "memory");
 }
-// Until the thread's groups have read their source; until they are done.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Contiguous bytes as above, the other way, as one group of the calling thread.
+__device__ __forceinline__ void bulk_store(void* dst, const void* src, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(dst),
+                 "r"(smem_addr(src)), "r"(bytes)
+                 : "memory");
+}
+// Until the thread's groups, all but the last Pending, have read their source; until they are done.
+template <int Pending = 0>
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -1,35 +1,81 @@
 // Row movement on the device: gather and its adjoint, the merge of partial results, the backward's row sums, band
-// slices. All are bound by memory: 16-byte accesses, several in flight, a grid that fills the chip and loops.
+// slices. All are bound by memory. Rows of whole 16 bytes are moved by bulk copies, every warp through a ring of its
+// own in shared memory; other rows by ordinary loads and stores.
 #include "ptx.cuh"
 
 namespace magi {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of kernels that use no rings
 
 // ---- ranges ----
-// Exclusive running sum of the range lengths, by one block; first has room for num_ranges + 1.
-__device__ void scan_ranges(const RowRange* ranges, int num_ranges, long long* first) {
+// The sum of x over the threads before this one; all: over the whole block.
+__device__ long long sum_before(long long x, long long& all) {
     __shared__ long long warp_sum[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    long long carry = 0;
-    for (int base = 0; base < num_ranges; base += blockDim.x) {
-        const int i = base + threadIdx.x;
-        const long long own = i < num_ranges ? max(0, ranges[i].end - ranges[i].begin) : 0;
-        long long x = own;
-        for (int step = 1; step < 32; step *= 2) {
-            const long long below = __shfl_up_sync(~0u, x, step);
-            if (lane >= step) x += below;
-        }
-        if (lane == 31) warp_sum[warp] = x;
-        __syncthreads();
-        long long before = carry;
-        for (int w = 0; w < warps; ++w) {
-            if (w < warp) before += warp_sum[w];
-            carry += warp_sum[w];
-        }
-        if (i < num_ranges) first[i] = before + x - own;
-        __syncthreads();
+    long long sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const long long below = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += below;
     }
+    if (lane == 31) warp_sum[warp] = sum;
+    __syncthreads();
+    long long before = sum - x;
+    all = 0;
+#pragma unroll
+    for (int w = 0; w < 32; ++w) {
+        const long long of_warp = w < warps ? warp_sum[w] : 0;
+        if (w < warp) before += of_warp;
+        all += of_warp;
+    }
+    __syncthreads();
+    return before;
+}
+
+// Calls visit(base, own, ranges) until the block has seen all ranges: own * 32 consecutive ones for each warp, from
+// base on, lane by lane; what a lane holds is base + warp * 32 * own + 32 * i + lane in ranges[i], or empty.
+constexpr int kOwnRanges = 12;
+template <class Visit>
+__device__ __forceinline__ void share_ranges(const RowRange* ranges, int num_ranges, Visit visit) {
+    const int threads = blockDim.x, own = min(kOwnRanges, (num_ranges + threads - 1) / threads);
+    for (int base = 0; base < num_ranges; base += own * threads) {
+        const int first = base + threadIdx.x / 32 * 32 * own + threadIdx.x % 32;
+        RowRange mine[kOwnRanges];
+#pragma unroll
+        for (int i = 0; i < kOwnRanges; ++i)
+            mine[i] = i < own && first + 32 * i < num_ranges ? ranges[first + 32 * i] : RowRange{0, 0};
+        visit(first, own, mine);
+    }
+}
+
+// Exclusive running sum of the range lengths, by one block; first has room for num_ranges + 1.
+__device__ void scan_ranges(const RowRange* ranges, int num_ranges, long long* first) {
+    long long carry = 0;
+    int base = 0;
+    share_ranges(ranges, num_ranges, [&](int lane_first, int own, const RowRange(&mine)[kOwnRanges]) {
+#pragma unroll
+        for (int i = 0; i < kOwnRanges; ++i)
+            if (i < own && lane_first + 32 * i < num_ranges)
+                first[lane_first + 32 * i] = max(0, mine[i].end - mine[i].begin);
+        __syncthreads();
+        const int begin = base + own * threadIdx.x,
+                  count = min(own, num_ranges - begin);  // now in a row for each thread
+        int length[kOwnRanges];
+        long long sum = 0, all;
+#pragma unroll
+        for (int i = 0; i < kOwnRanges; ++i) {
+            length[i] = i < count ? first[begin + i] : 0;
+            sum += length[i];
+        }
+        long long at = carry + sum_before(sum, all);
+#pragma unroll
+        for (int i = 0; i < kOwnRanges; ++i) {
+            if (i < count) first[begin + i] = at;
+            at += length[i];
+        }
+        carry += all;
+        base += own * blockDim.x;
+    });
     if (threadIdx.x == 0) first[num_ranges] = carry;
     __syncthreads();
 }
@@ -50,17 +96,102 @@ __device__ int range_of(const long long* first, int num_ranges, long long row) {
     }
     return low;
 }
+// The same by a whole warp, for a position in bytes.
+__device__ int range_of(const long long* first, int num_ranges, long long row_bytes, long long position) {
+    int low = 0;
+    for (int count = num_ranges; count > 1;) {
+        const int step = (count + 31) / 32, at = threadIdx.x % 32 * step;
+        const u32 before = __ballot_sync(~0u, at < count && first[low + at] * row_bytes <= position);
+        const int skipped = (__popc(before) - 1) * step;
+        low += skipped;
+        count = min(step, count - skipped);
+    }
+    return low;
+}
 
-// ---- gather ----
+// ---- rings: bulk copies arrive in a warp's own stages ----
+constexpr int kHits = 4096;
+
+struct Layer {  // of a scatter-reduce: rows of one tile that arrive together, none of them twice
+    int tile;   // < 0: no more work
+    u32 rows;   // a bit each
+    int last;   // of its tile
+};
+struct RowSmem {
+    char stage[kRowWarps][kRowStages][kRowStageBytes];
+    u64 full[kRowWarps][kRowStages];
+    Layer layer[kRowWarps][kRowStages];
+    long long few[kFewRanges + 1];
+    int hits[kHits];
+};
+static_assert(sizeof(RowSmem) <= kRowSmem && kRowSmem <= 226 * 1024);
+
+__device__ RowSmem& row_smem() {
+    extern __shared__ __align__(128) char raw[];
+    return *reinterpret_cast<RowSmem*>(raw);
+}
+
+// The barriers made ready, and the running sums of the ranges.
+__device__ const long long* prepare(RowSmem& s, const RowRange* ranges, int num_ranges, const long long* first) {
+    if (threadIdx.x < kRowWarps * kRowStages) barrier_init(s.full[0][threadIdx.x], 1);
+    barrier_init_fence();
+    wait_for_earlier_kernels();
+    if (first) {
+        __syncthreads();
+        return first;
+    }
+    scan_ranges(ranges, num_ranges, s.few);
+    return s.few;
+}
+
+// ---- gather: pieces of ranges, cut into stages of the output ----
+extern "C" __global__ __launch_bounds__(kRowThreads, 1) void gather16(const __grid_constant__ GatherArgs a) {
+    RowSmem& s = row_smem();
+    const long long* first = prepare(s, a.ranges, a.num_ranges, a.first);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (warp >= kRowWarps) return;
+    const long long bytes = min(a.total, first[a.num_ranges]) * a.row_bytes;
+    // Bytes of dst; neighbours in time are neighbours in memory.
+    auto begin_of = [&](int n) {
+        return ((static_cast<long long>(n) * kRowWarps + warp) * gridDim.x + blockIdx.x) * kRowStageBytes;
+    };
+    auto load = [&](int n) {
+        const long long begin = begin_of(n), end = min(begin + kRowStageBytes, bytes);
+        if (begin >= end) return;
+        u64& full = s.full[warp][n % kRowStages];
+        char* to = s.stage[warp][n % kRowStages];
+        if (lane == 0) barrier_arrive_expect(full, end - begin);
+        long long upto = begin;
+        for (int i = range_of(first, a.num_ranges, a.row_bytes, begin) + lane; upto < end; i += 32) {
+            const bool valid = i < a.num_ranges;
+            const long long at = valid ? first[i] * a.row_bytes : end, from = max(begin, at);
+            upto = valid ? min(end, first[i + 1] * a.row_bytes) : end;
+            if (from < upto)
+                bulk_load(to + (from - begin), a.src + a.ranges[i].begin * a.row_bytes + (from - at), upto - from,
+                          full);
+            upto = __shfl_sync(~0u, upto, 31);
+        }
+    };
+    for (int n = 0; n < kRowStages; ++n) load(n);
+    for (int n = 0; begin_of(n) < bytes; ++n) {
+        const int stage = n % kRowStages;
+        barrier_wait(s.full[warp][stage], n / kRowStages % 2);
+        const long long begin = begin_of(n);
+        if (lane == 0) {
+            bulk_store(a.dst + begin, s.stage[warp][stage], min(bytes - begin, static_cast<long long>(kRowStageBytes)));
+            bulk_wait_read<1>();  // all but this store have read their stage
+        }
+        __syncwarp();
+        if (n > 0) load(n - 1 + kRowStages);
+    }
+    if (lane == 0) bulk_wait_read<0>();
+}
+
+// The same for rows of any size, by ordinary accesses.
 template <class Vec>
 __device__ void gather_rows(const GatherArgs& a) {
-    __shared__ long long few[kFewRanges + 1];
     __shared__ long long source[kThreads];  // byte offsets of the rows of this tile
     const long long* first = a.first;
-    if (!first) {
-        scan_ranges(a.ranges, a.num_ranges, few);
-        first = few;
-    }
     const long long total = min(a.total, first[a.num_ranges]);
     const int vecs = a.row_bytes / sizeof(Vec);
     const int tile_rows = max(1, min(kThreads, int(32768 / max(1LL, a.row_bytes))));
@@ -71,25 +202,14 @@ __device__ void gather_rows(const GatherArgs& a) {
             source[threadIdx.x] = (a.ranges[i].begin + row0 + threadIdx.x - first[i]) * a.row_bytes;
         }
         __syncthreads();
-        const int work = rows * vecs;
         Vec* dst = reinterpret_cast<Vec*>(a.dst + row0 * a.row_bytes);
-        auto load = [&](int i) { return __ldg(reinterpret_cast<const Vec*>(a.src + source[i / vecs]) + i % vecs); };
-        int i = threadIdx.x;
-        for (; i + 3 * kThreads < work; i += 4 * kThreads) {
-            const Vec x0 = load(i), x1 = load(i + kThreads), x2 = load(i + 2 * kThreads), x3 = load(i + 3 * kThreads);
-            dst[i] = x0;
-            dst[i + kThreads] = x1;
-            dst[i + 2 * kThreads] = x2;
-            dst[i + 3 * kThreads] = x3;
-        }
-        for (; i < work; i += kThreads) dst[i] = load(i);
+#pragma unroll 4
+        for (int i = threadIdx.x; i < rows * vecs; i += kThreads)
+            dst[i] = __ldg(reinterpret_cast<const Vec*>(a.src + source[i / vecs]) + i % vecs);
         __syncthreads();
     }
 }
 
-extern "C" __global__ __launch_bounds__(kThreads) void gather16(const __grid_constant__ GatherArgs a) {
-    gather_rows<uint4>(a);
-}
 extern "C" __global__ __launch_bounds__(kThreads) void gather4(const __grid_constant__ GatherArgs a) {
     gather_rows<u32>(a);
 }
@@ -109,6 +229,27 @@ __device__ void store_one(void* data, int type, long long i, float x) {
     else
         static_cast<u16*>(data)[i] = type == kElementBF16 ? pack<bf16>(x, 0) : pack<f16>(x, 0);
 }
+// Sixteen bytes of elements of T.
+template <class T>
+constexpr int kPerVec = sizeof(T) == 2 ? 8 : 4;
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& words, float (&x)[kPerVec<T>]) {
+    const u32 w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int e = 0; e < kPerVec<T>; ++e) {
+        if constexpr (sizeof(T) == 4)
+            x[e] = __uint_as_float(w[e]);
+        else
+            x[e] = to_float(T{static_cast<u16>(w[e / 2] >> 16 * (e % 2))});
+    }
+}
+template <class T>
+__device__ __forceinline__ uint4 pack_vec(const float (&x)[kPerVec<T>]) {
+    if constexpr (sizeof(T) == 4)
+        return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+    else
+        return make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+}
 // Eight elements from i on, i a multiple of 8.
 __device__ void load_eight(const void* data, int type, long long i, float (&x)[8]) {
     if (type == kElementF32) {
@@ -125,126 +266,303 @@ __device__ void load_eight(const void* data, int type, long long i, float (&x)[8
         }
     }
 }
-__device__ void store_eight(void* data, int type, long long i, const float (&x)[8]) {
-    if (type == kElementF32) {
-        float4* p = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
-        p[0] = make_float4(x[0], x[1], x[2], x[3]);
-        p[1] = make_float4(x[4], x[5], x[6], x[7]);
-    } else {
-        u32 w[4];
+// ---- scatter-reduce: each row is summed once, in fp32, over its positions in ascending order ----
+// The ranges that touch rows [row0, row1), ascending, in hits; returns how many, or -1 where kHits do not hold them.
+__device__ int find_hits(const RowRange* ranges, int num_ranges, int row0, int row1, int* hits) {
+    long long carry = 0;
+    share_ranges(ranges, num_ranges, [&](int lane_first, int own, const RowRange(&mine)[kOwnRanges]) {
+        const int lane = threadIdx.x % 32;
+        u32 hit[kOwnRanges];  // of the warp, a bit for each lane
+        int of_warp = 0;
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-            w[e] = type == kElementBF16 ? pack<bf16>(x[2 * e], x[2 * e + 1]) : pack<f16>(x[2 * e], x[2 * e + 1]);
-        *reinterpret_cast<uint4*>(static_cast<u16*>(data) + i) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
+        for (int i = 0; i < kOwnRanges; ++i) {
+            hit[i] = __ballot_sync(~0u, max(row0, mine[i].begin) < min(row1, mine[i].end));
+            of_warp += __popc(hit[i]);
+        }
+        long long all, before = carry + sum_before(lane == 0 ? of_warp : 0, all);
+        long long at = __shfl_sync(~0u, before, 0);
+#pragma unroll
+        for (int i = 0; i < kOwnRanges; ++i) {
+            const long long to = at + __popc(hit[i] & ((1u << lane) - 1));
+            if ((hit[i] >> lane & 1) && to < kHits) hits[to] = lane_first + 32 * i;
+            at += __popc(hit[i]);
+        }
+        carry += all;
+    });
+    __syncthreads();
+    return carry <= kHits ? carry : -1;
 }
 
-// ---- scatter-reduce: each row is summed once, in fp32, over its positions in ascending order ----
-constexpr int kScatterRows = 8, kHits = 512;
-
-template <int kWidth>
-__device__ void scatter_rows(const ScatterArgs& a) {
-    __shared__ long long few[kFewRanges + 1];
-    __shared__ int hits[kHits], warp_count[kThreads / 32];
-    const long long* first = a.first;
-    if (!first) {
-        scan_ranges(a.ranges, a.num_ranges, few);
-        first = few;
-    }
+// A block owns neighbouring tiles, at most 32 rows or a part of one row each; its warps take them in turns. What a tile
+// gets arrives in layers, so that one stage holds one value at most for each element; a tile of one layer leaves as it
+// came.
+template <class T>
+__device__ void scatter_tiles(const ScatterArgs& a) {
+    RowSmem& s = row_smem();
+    const long long* first = prepare(s, a.ranges, a.num_ranges, a.first);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (long long row0 = (long long)blockIdx.x * kScatterRows; row0 < a.num_rows;
-         row0 += (long long)gridDim.x * kScatterRows) {
-        const long long row1 = min(row0 + kScatterRows, a.num_rows);
-        int count = 0;  // ranges that touch these rows, ascending; beyond kHits all ranges are walked instead
-        for (int base = 0; base < a.num_ranges; base += kThreads) {
-            const int i = base + threadIdx.x;
-            const bool hit = i < a.num_ranges && a.ranges[i].begin < row1 && a.ranges[i].end > row0 &&
-                             a.ranges[i].begin < a.ranges[i].end;
-            const u32 mask = __ballot_sync(~0u, hit);
-            if (lane == 0) warp_count[warp] = __popc(mask);
-            __syncthreads();
-            int before = count;
-            for (int w = 0; w < kThreads / 32; ++w) {
-                if (w < warp) before += warp_count[w];
-                count += warp_count[w];
-            }
-            const int at = before + __popc(mask & ((1u << lane) - 1));
-            if (hit && at < kHits) hits[at] = i;
-            __syncthreads();
-        }
-        const bool all = count > kHits;
-        const int walk = all ? a.num_ranges : count;
-        const long long vecs = a.row_elements / kWidth;
-        for (long long v = threadIdx.x; v < (row1 - row0) * vecs; v += kThreads) {
-            const long long row = row0 + v / vecs, element = v % vecs * kWidth;
-            float sum[kWidth] = {};
-            int times = 0;
-            for (int h = 0; h < walk; ++h) {
-                const int i = all ? h : hits[h];
-                const RowRange r = a.ranges[i];
-                if (row < r.begin || row >= r.end) continue;
-                const long long from = (first[i] + row - r.begin) * a.row_elements + element;
-                ++times;
-                if constexpr (kWidth == 8) {
-                    float x[8];
-                    load_eight(a.src, a.type, from, x);
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) sum[e] += x[e];
+    const long long row_bytes = a.row_elements * sizeof(T);
+    const int piece = min(row_bytes, static_cast<long long>(kRowStageBytes));  // of a row, in a tile
+    const int tile_rows = min(32, kRowStageBytes / piece);
+    const u32 parts = (row_bytes + kRowStageBytes - 1) / kRowStageBytes;  // of a row; more than one: tile_rows is 1
+    const int num_rows = a.num_rows;
+    const u32 tiles = (num_rows - 1) / tile_rows + 1, each = (tiles * parts - 1) / gridDim.x + 1;
+    const u32 tile0 = each * blockIdx.x, tile1 = min(tile0 + each, tiles * parts);
+    if (tile0 >= tile1) return;
+    struct Place {
+        int row0, row1;
+        long long offset;  // in the rows
+        int width;         // of a row, in bytes
+    };
+    auto place_of = [&](u32 tile) -> Place {
+        const int row0 = tile / parts * tile_rows;
+        const long long offset = static_cast<long long>(tile % parts) * kRowStageBytes;
+        const int width = min(static_cast<long long>(piece), row_bytes - offset);
+        return {row0, min(row0 + tile_rows, num_rows), offset, width};
+    };
+    // Few ranges are all looked at.
+    const int found = a.num_ranges <= 32
+                          ? -1
+                          : find_hits(a.ranges, a.num_ranges, place_of(tile0).row0, place_of(tile1 - 1).row1, s.hits);
+    if (warp >= kRowWarps) return;
+    const int count = found < 0 ? a.num_ranges : found;
+
+    // The next layer of this warp's tiles, on its way into the stage.
+    u32 next = tile0 + warp;
+    int at = 0;         // in the hits, of the 32 that are looked at
+    u32 waiting = ~0u;  // those of them that are not on their way yet
+    auto load = [&](int stage) {
+        Layer layer{-1, 0, 0};
+        if (next < tile1) {
+            const Place place = place_of(next);
+            layer.tile = next;
+            while (!layer.last) {
+                u32 own = 0;
+                const char* from = nullptr;
+                if (at + lane < count && (waiting >> lane & 1)) {
+                    const int i = found < 0 ? at + lane : s.hits[at + lane];
+                    const RowRange r = a.ranges[i];
+                    const int begin = max(place.row0, r.begin), end = min(place.row1, r.end);
+                    if (begin < end) {
+                        own = ~0u >> (32 - (end - begin)) << (begin - place.row0);
+                        from =
+                            static_cast<const char*>(a.src) + (first[i] + begin - r.begin) * row_bytes + place.offset;
+                    }
+                }
+                waiting = __ballot_sync(~0u, own);
+                u32 taken = waiting;
+                const u32 rows = __reduce_or_sync(~0u, own);
+                if ((rows & layer.rows) || __reduce_add_sync(~0u, __popc(own)) != __popc(rows)) {
+                    // Some rows come twice: as many pieces as there are before the first that does.
+                    u32 seen = layer.rows;
+                    taken = 0;
+                    for (u32 left = waiting; left; left &= left - 1) {
+                        const u32 one = __shfl_sync(~0u, own, __ffs(left) - 1);
+                        if (one & seen) break;
+                        seen |= one;
+                        taken |= left & -left;
+                    }
+                    layer.rows = seen;
                 } else {
-                    sum[0] += load_one(a.src, a.type, from);
+                    layer.rows |= rows;
+                }
+                if (taken >> lane & 1)
+                    bulk_load(s.stage[warp][stage] + (__ffs(own) - 1) * piece, from, __popc(own) * place.width,
+                              s.full[warp][stage]);
+                waiting &= ~taken;
+                if (waiting) break;
+                at += 32;
+                waiting = ~0u;
+                if (at >= count) {
+                    layer.last = 1;
+                    at = 0;
+                    next += kRowWarps;
                 }
             }
-            if (a.mean && times > 1) {
-                const float factor = __frcp_rn(float(times));
-#pragma unroll
-                for (int e = 0; e < kWidth; ++e) sum[e] *= factor;
-            }
-            if constexpr (kWidth == 8)
-                store_eight(a.dst, a.type, row * a.row_elements + element, sum);
-            else
-                store_one(a.dst, a.type, row * a.row_elements + element, sum[0]);
+            if (lane == 0) barrier_arrive_expect(s.full[warp][stage], __popc(layer.rows) * place.width);
         }
-        __syncthreads();
+        if (lane == 0) s.layer[warp][stage] = layer;
+        __syncwarp();
+    };
+
+    constexpr int kVecs = kRowStageBytes / 16 / 32;  // of a lane
+    int row_of[kVecs], times[kVecs] = {};
+    float sum[kVecs][kPerVec<T>] = {};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) row_of[i] = min(31, (lane + 32 * i) * 16 / piece);
+    bool fresh = true;  // no layer of this tile yet
+    int loaded = 0;
+    while (loaded < kRowStages) load(loaded++);
+    for (int n = 0;; ++n) {
+        const int stage = n % kRowStages;
+        const Layer layer = s.layer[warp][stage];
+        if (layer.tile < 0) break;
+        const Place place = place_of(layer.tile);
+        const int rows = place.row1 - place.row0;
+        char* dst = static_cast<char*>(a.dst) + place.row0 * row_bytes + place.offset;
+        barrier_wait(s.full[warp][stage], n / kRowStages % 2);
+        const bool as_it_is = fresh && layer.last && layer.rows == ~0u >> (32 - rows);
+        if (as_it_is) {
+            if (lane == 0) bulk_store(dst, s.stage[warp][stage], rows * place.width);
+        } else {
+            const uint4* arrived = reinterpret_cast<const uint4*>(s.stage[warp][stage]);
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) {
+                if (layer.rows >> row_of[i] & 1) {
+                    float x[kPerVec<T>];
+                    unpack<T>(arrived[lane + 32 * i], x);
+#pragma unroll
+                    for (int e = 0; e < kPerVec<T>; ++e) sum[i][e] += x[e];
+                    ++times[i];
+                }
+            }
+            fresh = layer.last;
+            if (layer.last) {
+#pragma unroll
+                for (int i = 0; i < kVecs; ++i) {
+                    const float factor = a.mean && times[i] > 1 ? __frcp_rn(static_cast<float>(times[i])) : 1.f;
+#pragma unroll
+                    for (int e = 0; e < kPerVec<T>; ++e) sum[i][e] *= factor;
+                    if ((lane + 32 * i) * 16 < rows * place.width)
+                        reinterpret_cast<uint4*>(dst)[lane + 32 * i] = pack_vec<T>(sum[i]);
+#pragma unroll
+                    for (int e = 0; e < kPerVec<T>; ++e) sum[i][e] = 0;
+                    times[i] = 0;
+                }
+            }
+        }
+        // A stage is free once it is read: by the warp now, by its store while the next one is looked at.
+        if (lane == 0) as_it_is ? bulk_wait_read<1>() : bulk_wait_read<0>();
+        __syncwarp();
+        for (; loaded < n + kRowStages + !as_it_is; ++loaded) load(loaded % kRowStages);
     }
+    if (lane == 0) bulk_wait_read<0>();
 }
 
-extern "C" __global__ __launch_bounds__(kThreads) void scatter8(const __grid_constant__ ScatterArgs a) {
-    scatter_rows<8>(a);
+extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_f32(const __grid_constant__ ScatterArgs a) {
+    scatter_tiles<float>(a);
 }
+extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_bf16(const __grid_constant__ ScatterArgs a) {
+    scatter_tiles<bf16>(a);
+}
+extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_f16(const __grid_constant__ ScatterArgs a) {
+    scatter_tiles<f16>(a);
+}
+
+// The same for rows of any size, an element a thread.
 extern "C" __global__ __launch_bounds__(kThreads) void scatter1(const __grid_constant__ ScatterArgs a) {
-    scatter_rows<1>(a);
+    __shared__ int hits[kHits];
+    const long long each = (a.num_rows + gridDim.x - 1) / gridDim.x;
+    const long long row0 = each * blockIdx.x, row1 = min(row0 + each, a.num_rows);
+    if (row0 >= row1) return;
+    const int found = find_hits(a.ranges, a.num_ranges, row0, row1, hits);
+    const int count = found < 0 ? a.num_ranges : found;
+    for (long long at = row0 * a.row_elements + threadIdx.x; at < row1 * a.row_elements; at += kThreads) {
+        const long long row = at / a.row_elements;
+        float sum = 0;
+        int times = 0;
+        for (int h = 0; h < count; ++h) {
+            const int i = found < 0 ? h : hits[h];
+            const RowRange r = a.ranges[i];
+            if (row < r.begin || row >= r.end) continue;
+            sum += load_one(a.src, a.type, at + (a.first[i] - r.begin) * a.row_elements);
+            ++times;
+        }
+        store_one(a.dst, a.type, at, a.mean && times > 1 ? sum * __frcp_rn(static_cast<float>(times)) : sum);
+    }
 }
 
 // ---- merge of two partials ----
-template <int kWidth>
-__device__ void merge_rows(const MergeArgs& a) {
-    const int vecs = a.dim / kWidth;
-    const long long work = a.num_rows * vecs;
-    for (long long v = (long long)blockIdx.x * kThreads + threadIdx.x; v < work; v += (long long)gridDim.x * kThreads) {
-        const long long row = v / vecs, at = row * a.dim + v % vecs * kWidth;
-        const float x = __ldg(a.lse_a + row), y = __ldg(a.lse_b + row), most = fmaxf(x, y);
-        const bool none = most == -infinity();  // two empty rows: -inf - (-inf) would be NaN
-        const float weight_x = none ? 0.f : expf(x - most), weight_y = none ? 0.f : expf(y - most),
-                    sum = weight_x + weight_y;
-        const float inverse = none ? 0.f : 1 / sum;
-        if (v % vecs == 0) a.lse[row] = none ? most : most + logf(sum);
-        if constexpr (kWidth == 8) {
-            float p[8], q[8];
-            load_eight(a.out_a, a.type_a, at, p);
-            load_eight(a.out_b, a.type_b, at, q);
+struct Weights {
+    float a, b, lse;
+};
+__device__ __forceinline__ Weights merge_weights(float x, float y) {
+    const float most = fmaxf(x, y);
+    if (most == -infinity()) return {0, 0, most};  // two empty rows: -inf - (-inf) would be NaN
+    const float a = expf(x - most), b = expf(y - most), inverse = 1 / (a + b);
+    return {a * inverse, b * inverse, most + logf(a + b)};
+}
+
+// Eight elements, in kWords times 16 bytes: fp32 in two, others in one.
+template <int kWords>
+__device__ __forceinline__ void unpack_eight(const uint4 (&words)[kWords], int type, float (&x)[8]) {
+    const u32* w = &words[0].x;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) p[e] = p[e] * (weight_x * inverse) + q[e] * (weight_y * inverse);
-            store_eight(a.out, a.type_a, at, p);
+    for (int e = 0; e < 8; ++e) {
+        if constexpr (kWords == 2) {
+            x[e] = __uint_as_float(w[e]);
         } else {
-            store_one(a.out, a.type_a, at,
-                      load_one(a.out_a, a.type_a, at) * (weight_x * inverse) +
-                          load_one(a.out_b, a.type_b, at) * (weight_y * inverse));
+            const u16 bits = w[e / 2] >> 16 * (e % 2);
+            x[e] = type == kElementBF16 ? to_float(bf16{bits}) : to_float(f16{bits});
         }
     }
 }
 
-extern "C" __global__ __launch_bounds__(kThreads) void merge8(const __grid_constant__ MergeArgs a) { merge_rows<8>(a); }
-extern "C" __global__ __launch_bounds__(kThreads) void merge1(const __grid_constant__ MergeArgs a) { merge_rows<1>(a); }
+template <int kWordsA, int kWordsB>
+__device__ __forceinline__ void merge_eights(const MergeArgs& a) {
+    constexpr int kAtOnce = kWordsA + kWordsB == 2 ? 4 : 2;  // of a thread
+    const u32 per_row = a.dim / 8, work = a.num_rows * per_row, at = blockIdx.x * kMergeEights + threadIdx.x;
+    for (u32 v0 = 0; v0 < kMergeEights; v0 += kAtOnce * kThreads) {
+        uint4 p[kAtOnce][kWordsA], q[kAtOnce][kWordsB];
+        float x[kAtOnce], y[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const u32 v = at + v0 + i * kThreads;
+            if (v >= work) continue;
+#pragma unroll
+            for (int w = 0; w < kWordsA; ++w)
+                p[i][w] = __ldg(static_cast<const uint4*>(a.out_a) + static_cast<u64>(v) * kWordsA + w);
+#pragma unroll
+            for (int w = 0; w < kWordsB; ++w)
+                q[i][w] = __ldg(static_cast<const uint4*>(a.out_b) + static_cast<u64>(v) * kWordsB + w);
+            x[i] = __ldg(a.lse_a + v / per_row);
+            y[i] = __ldg(a.lse_b + v / per_row);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const u32 v = at + v0 + i * kThreads;
+            if (v >= work) continue;
+            const Weights weights = merge_weights(x[i], y[i]);
+            if (v % per_row == 0) a.lse[v / per_row] = weights.lse;
+            float m[8], n[8];
+            unpack_eight(p[i], a.type_a, m);
+            unpack_eight(q[i], a.type_b, n);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) m[e] = m[e] * weights.a + n[e] * weights.b;
+            uint4* out = static_cast<uint4*>(a.out) + static_cast<u64>(v) * kWordsA;
+            if constexpr (kWordsA == 2) {
+                out[0] = make_uint4(__float_as_uint(m[0]), __float_as_uint(m[1]), __float_as_uint(m[2]),
+                                    __float_as_uint(m[3]));
+                out[1] = make_uint4(__float_as_uint(m[4]), __float_as_uint(m[5]), __float_as_uint(m[6]),
+                                    __float_as_uint(m[7]));
+            } else {
+                out[0] = a.type_a == kElementBF16 ? pack_vec<bf16>(m) : pack_vec<f16>(m);
+            }
+        }
+    }
+}
+
+extern "C" __global__ __launch_bounds__(kThreads) void merge8(const __grid_constant__ MergeArgs a) {
+    const bool wide_a = a.type_a == kElementF32, wide_b = a.type_b == kElementF32;
+    if (wide_a && wide_b)
+        merge_eights<2, 2>(a);
+    else if (wide_a)
+        merge_eights<2, 1>(a);
+    else if (wide_b)
+        merge_eights<1, 2>(a);
+    else
+        merge_eights<1, 1>(a);
+}
+extern "C" __global__ __launch_bounds__(kThreads) void merge1(const __grid_constant__ MergeArgs a) {
+    for (long long at = (long long)blockIdx.x * kThreads + threadIdx.x; at < a.num_rows * a.dim;
+         at += (long long)gridDim.x * kThreads) {
+        const long long row = at / a.dim;
+        const Weights weights = merge_weights(__ldg(a.lse_a + row), __ldg(a.lse_b + row));
+        if (at % a.dim == 0) a.lse[row] = weights.lse;
+        store_one(a.out, a.type_a, at,
+                  load_one(a.out_a, a.type_a, at) * weights.a + load_one(a.out_b, a.type_b, at) * weights.b);
+    }
+}
 
 // ---- delta = rowsum(dout * out) - dlse
 // ------------------------------------------------------------------------------------------------ A group of kLanes
