@@ -105,9 +105,11 @@ def said(result: dict) -> str:
 
 
 def notes_section(result: dict) -> str:
-    missing = [f"{case}: {why}" for case, why in result.get("failed", {}).items()]
+    missing: dict[str, list[str]] = {}
+    for case, why in result.get("failed", {}).items():
+        missing.setdefault(why, []).append(case)
     parts = [said(result), bars_table(result), case_table(result)]
-    return "\n\n".join(parts + (["Not measured: " + "; ".join(missing)] if missing else []))
+    return "\n\n".join(parts + [f"Not measured ({why}): {', '.join(cases)}." for why, cases in missing.items()])
 
 
 def rows_section(result: dict) -> str:
@@ -169,13 +171,14 @@ def chart(result: dict, path: Path) -> None:
         cases = [r for r in rows if r["mask"] == mask]
         here = [n for n in names if any(n in r["tflops"] for r in cases)]
         width = 0.84 / len(here)
-        for i, name in enumerate(here):
-            for x, r in enumerate(cases):
-                if name in r["tflops"]:
-                    at = x + (i - (len(here) - 1) / 2) * width
-                    axis.bar(at, r["tflops"][name], width * 0.94, color=COLOURS[name])
-                    axis.text(at, r["tflops"][name], f"{r['tflops'][name]:.0f}", ha="center", va="bottom", fontsize=6)
+        for x, r in enumerate(cases):
+            bars = [n for n in here if n in r["tflops"]]
+            for i, name in enumerate(bars):
+                at = x + (i - (len(bars) - 1) / 2) * width
+                axis.bar(at, r["tflops"][name], width * 0.94, color=COLOURS[name])
+                axis.text(at, r["tflops"][name], f"{r['tflops'][name]:.0f}", ha="center", va="bottom", fontsize=6)
         axis.set_xticks(range(len(cases)), [f"{r['tokens'] // 1024}k" for r in cases])
+        axis.set_xlim(-0.5, len(cases) - 0.5)
         axis.set_ylim(0, top)
         axis.set_title(mask.replace("_", " "), loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
