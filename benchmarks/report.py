@@ -19,21 +19,13 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "h200"
 NAMES = ("ffa_fwd", "ffa_bwd", "ffa_both", "rows")
-TITLES = {
-    "ffa": "magi_attention",
-    "ordered": "magi_attention, deterministic",
-    "fa3": "FlashAttention 3",
-    "cudnn": "cuDNN",
-    "fa2": "FlashAttention 2",
-    "flex": "FlexAttention",
-}
-COLOURS = {
-    "ffa": "#c0392b",
-    "ordered": "#e59866",
-    "fa3": "#2c6fbb",
-    "cudnn": "#58a55c",
-    "fa2": "#9aa5b1",
-    "flex": "#8e6bb0",
+STYLES = {  # of an implementation: its name, its colour
+    "ffa": ("magi_attention", "#c0392b"),
+    "ordered": ("magi_attention, deterministic", "#e59866"),
+    "fa3": ("FlashAttention 3", "#2c6fbb"),
+    "cudnn": ("cuDNN", "#58a55c"),
+    "fa2": ("FlashAttention 2", "#9aa5b1"),
+    "flex": ("FlexAttention", "#8e6bb0"),
 }
 README_CASES = (
     ("full", 8192, "32:32", "128"),
@@ -86,7 +78,7 @@ def bars_table(result: dict) -> str:
 
 
 def case_table(result: dict) -> str:
-    names = [n for n in TITLES if n != "ffa" and any(n in r["ratio"] for r in result["rows"])]
+    names = [n for n in STYLES if n != "ffa" and any(n in r["ratio"] for r in result["rows"])]
     lines = []
     for r in result["rows"]:
         waited = " / ".join(f"{r['host'][n]['waited']:.0f}" for n in ("ffa", "fa3") if n in r.get("host", {}))
@@ -95,7 +87,7 @@ def case_table(result: dict) -> str:
             + [f"{r['memory'] / 2**20:.0f}", *(peer(r, n) for n in names)]
         )
     header = ["mask, tokens, heads", "ms", "TFLOP/s", "host us", "call and wait us, ours / FA3", "memory MiB"]
-    return table(header + [TITLES[n] for n in names], lines)
+    return table(header + [STYLES[n][0] for n in names], lines)
 
 
 def said(result: dict) -> str:
@@ -157,7 +149,7 @@ def chart(result: dict, path: Path) -> None:
 
     rows = [r for r in result["rows"] if r["heads"] == "32:32" and r["head_dim"] == "128" and r["tokens"] >= 8192]
     masks = [m for m in dict.fromkeys(r["mask"] for r in rows)]
-    names = [n for n in TITLES if any(n in r["tflops"] for r in rows)]
+    names = [n for n in STYLES if any(n in r["tflops"] for r in rows)]
     if not rows:
         return
     columns = min(3, len(masks))
@@ -175,7 +167,7 @@ def chart(result: dict, path: Path) -> None:
             bars = [n for n in here if n in r["tflops"]]
             for i, name in enumerate(bars):
                 at = x + (i - (len(bars) - 1) / 2) * width
-                axis.bar(at, r["tflops"][name], width * 0.94, color=COLOURS[name])
+                axis.bar(at, r["tflops"][name], width * 0.94, color=STYLES[name][1])
                 axis.text(at, r["tflops"][name], f"{r['tflops'][name]:.0f}", ha="center", va="bottom", fontsize=6)
         axis.set_xticks(range(len(cases)), [f"{r['tokens'] // 1024}k" for r in cases])
         axis.set_xlim(-0.5, len(cases) - 0.5)
@@ -184,8 +176,8 @@ def chart(result: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis in axes[:, 0]:
             axis.set_ylabel("TFLOP/s")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[n]) for n in names]
-    figure.legend(handles, [TITLES[n] for n in names], ncols=len(names), loc="upper center", frameon=False, fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, label=title, color=colour) for title, colour in map(STYLES.get, names)]
+    figure.legend(handles=handles, ncols=len(names), loc="upper center", frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -144,7 +144,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             visits = 0;
             for (int i = 0; i < plan.num_slices; ++i) {
                 const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
-                if (rows.begin < rows.end) visits += ceil_div(rows.end - (first_row(rows.begin)), kRows);
+                if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
             }
             visits *= a.heads_per_kv;
         }

@@ -9,20 +9,15 @@
 
 namespace magi {
 
-// Shared-memory operand with 128-byte swizzle (bits 62-63 = 1); every field in units of 16 bytes.
+enum Swizzle : u32 { kSwizzle128 = 1, kSwizzle32 = 3 };
+
+// Descriptor of a shared-memory operand; strides and starts in bytes.
 //   K-major (rows x 64 elements):  stride = 1024 B between groups of 8 rows; leading unused; next 16 k: start + 32 B.
 //   MN-major (transposed):         leading = bytes between blocks of 64 columns; stride = 1024 B between groups of 8 k
 //                                  rows; next 16 k: start + 2048 B.
-// With 32-byte swizzle (bits 62-63 = 3), for MN-major operands that are not a multiple of 64 wide: leading = bytes
-// between blocks of 16 columns; stride = 256 B between groups of 8 k rows; next 16 k: start + 512 B.
-__device__ __forceinline__ u64 descriptor(u32 addr, u32 leading, u32 stride) {
-    return static_cast<u64>((addr & 0x3FFFF) >> 4) | static_cast<u64>(leading >> 4) << 16 |
-           static_cast<u64>(stride >> 4) << 32 | 1ull << 62;
-}
-
-enum Swizzle : u32 { kSwizzle128 = 1, kSwizzle32 = 3 };
-
-// The same, for a walk: only the low word changes, so that an instruction costs one addition in the uniform registers.
+// With 32-byte swizzle, for MN-major operands that are not a multiple of 64 wide: leading = bytes between blocks of 16
+// columns; stride = 256 B between groups of 8 k rows; next 16 k: start + 512 B.
+// On a walk only the low word changes, so that an instruction costs one addition in the uniform registers.
 struct Operand {
     u32 low, high;
     __device__ __forceinline__ Operand(u32 addr, u32 leading, u32 stride, Swizzle swizzle = kSwizzle128)
