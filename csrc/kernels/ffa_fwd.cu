@@ -32,12 +32,13 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kRoomy || V_DIM == 192;
 constexpr int kUnroll = kConsumers == 2 && !kRoomy ? 2 : 1,
               kUnrollParts = kRoomyProducer && !kRoomy ? 4 : 1;  // of the producer's loops
-constexpr int kProducerRegisters = kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
-constexpr int kConsumerRegisters = kRoomyProducer ? 216 : kConsumers == 2 ? 232 : 160;
+constexpr int kProducerRegisters = kRoomy ? 56 : kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? (504 - kProducerRegisters) / 2 : 160;
 constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
 // The softmax of a step runs beside the product of the step before, but for the one variant short of registers.
 constexpr bool kOverlap = V_DIM <= 192 && !(TRANSFORM && kConsumers == 3);
-// Weights are packed while the product of the step before reads its own, where registers allow; after it otherwise.
+// Weights are packed while the product of the step before reads its own, where registers allow: steps then take turns
+// with two sets of them. After it otherwise.
 constexpr bool kPackEarly = 2 * kScores + kOuts + 24 <= kConsumerRegisters;
 constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
 
@@ -268,9 +269,6 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
     u32 p[kKeys / 16][4], next_p[kKeys / 16][4];
     float sum[2];
     Rows rows;
-    u32 ones = 0;
-    if (kPackEarly) asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "r"(a.ones));  // kept in a register
-
     auto take_turn = [&] { named_sync(kTurnBarrier + w, 256); };
     auto pass_turn = [&] { named_arrive(kTurnBarrier + (w + 1) % kConsumers, 256); };
     auto release = [&](u64& bar) {
@@ -285,7 +283,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                                      k.at(i / 4 * sizeof(s.k[0][0]) + 32 * (i % 4)), i);
         wgmma_commit();
     };
-    auto issue_outs = [&](int stage) {
+    auto issue_outs = [&](int stage, const u32(&p)[kKeys / 16][4]) {
         const Operand v(smem_addr(s.v[0][0]) + stage * sizeof(s.v[0]), sizeof(s.v[0][0]), 1024);
         wgmma_fence();
 #pragma unroll
@@ -324,7 +322,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         // one in use (lazy rescaling, as FlashAttention-4 does it, without looking): weights far above 1 are as exact
         // as others, and their sum tells when they are too large. Then, and where rows may have had no key yet, the
         // maximum moves first. Returns whether the outputs have to be rescaled.
-        auto weigh = [&](Mode mode) {
+        auto weigh = [&](Mode mode, u32(&to)[kKeys / 16][4]) {
             if (TRANSFORM) transform_scores(a, d);
             if (!kPackEarly && mode == kPlain && too_high(d, rows, slack)) mode = kCareful;  // weights overwrite scores
             bool grew = false;
@@ -337,10 +335,10 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                 for (int e = 0; e < 2 && look_always; ++e)
                     if (work.row0 + row() + 8 * e < work.row1) largest = fmaxf(largest, rows.found[e]);
             }
-            if constexpr (!kPackEarly) weigh_scores(scale, d, rows, next_p, sum);
+            if constexpr (!kPackEarly) weigh_scores(scale, d, rows, to, sum);
             end_scores();
             while (kPackEarly) {
-                weigh_scores(scale, d, rows, next_p, sum);
+                weigh_scores(scale, d, rows, to, sum);
                 if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) break;
                 grew = move_maximum(scale, slack, d, rows);
                 mode = kCareful;
@@ -356,13 +354,10 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             }
             rows.sum[0] += sum[0];
             rows.sum[1] += sum[1];
-            if (!kPackEarly) pin(d);  // not before the product has read p
+            if (kPackEarly) return;
+            pin(d);  // not before the product has read p
 #pragma unroll
-            for (int i = 0; i < kKeys / 16; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    p[i][e] =
-                        kPackEarly ? times_one<T>(next_p[i][e], ones) : pack<T>(d[i * 8 + 2 * e], d[i * 8 + 2 * e + 1]);
+            for (int i = 0; i < kScores; i += 2) p[i / 8][i / 2 % 4] = pack<T>(d[i], d[i + 1]);
         };
         while (left > 0) {
             barrier_wait(s.k_full[ring.stage], ring.parity);
@@ -382,36 +377,52 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             wgmma_wait<0>();
             pin(d);
             const bool first = kRoomy && left == steps;
-            accept(weigh(mode_of(met)), first);
+            accept(weigh(mode_of(met), p), first);
             int full_left = fresh ? 0 : met >> 2;  // steps that need no look
             Ring v_ring = ring;
             ring.advance();
-            while (kOverlap && left > 0) {
+            // The next step: its scores beside the outputs of the step before, whose weights are in `from`. False where
+            // the run ends.
+            auto step = [&](const u32(&from)[kKeys / 16][4], u32(&to)[kKeys / 16][4]) {
+                if (left <= 0) return false;
                 barrier_wait(s.k_full[ring.stage], ring.parity);
                 Mode mode = kPlain;
                 if (--full_left < 0) {
                     met = met_at(ring.stage);
-                    if ((met & 3) == kTileEmpty) break;
+                    if ((met & 3) == kTileEmpty) return false;
                     mode = mode_of(met);
                     full_left = fresh ? 0 : met >> 2;
                 }
                 take_turn();
                 issue_scores(ring.stage);
                 barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
-                issue_outs(v_ring.stage);
+                issue_outs(v_ring.stage, from);
                 pass_turn();
                 wgmma_wait<1>();
                 pin(d);
-                const bool grew = weigh(mode);
+                const bool grew = weigh(mode, to);
                 wgmma_wait<0>();
                 pin(o);
                 release(s.v_free[v_ring.stage]);
                 accept(grew, false);
                 v_ring = ring;
                 ring.advance();
+                return true;
+            };
+            if constexpr (kOverlap && kPackEarly) {
+                while (step(p, next_p)) {
+                    if (step(next_p, p)) continue;
+#pragma unroll
+                    for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) p[i][e] = times_one<T>(next_p[i][e], a.ones);
+                    break;
+                }
+            } else if constexpr (kOverlap) {
+                while (step(p, p)) continue;
             }
             barrier_wait(s.v_full[v_ring.stage], v_ring.parity);
-            issue_outs(v_ring.stage);
+            issue_outs(v_ring.stage, p);
             wgmma_wait<0>();
             pin(o);
             release(s.v_free[v_ring.stage]);
