@@ -11,8 +11,7 @@
 //  - what a thread can read again lives in shared memory where consumers need its registers (kRoomy and
 //    kRoomyProducer say that they do not);
 //  - weights may overwrite the scores, to be packed after the product that reads the step before (kPackEarly says that
-//    they do not). Then a plain step looks first whether a score is far above the maximum in use: there is nothing left
-//    to weigh again.
+//    they do not). Where they turn out too large there is nothing left to weigh again: the warp multiplies once more.
 //
 // Macros: HEAD_DIM, V_DIM and ROWS of the shape (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16,
 // TRANSFORM 0 or 1 (scores are scaled and capped one by one, for softcap, for scales that are not positive, and where
@@ -29,18 +28,29 @@ constexpr int kParts = HEAD_DIM / 64, kVParts = V_DIM / 64;  // a TMA box is 64 
 constexpr int kConsumers = kShape.consumers;                 // warpgroups of 64 rows
 constexpr int kRows = 64, kTileRows = ROWS, kKeys = kShape.keys, kStages = kShape.stages;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kRoomy || V_DIM == 192;
+constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kConsumers == 2 && V_DIM <= 128;
 constexpr int kUnroll = kConsumers == 2 && !kRoomy ? 2 : 1,
-              kUnrollParts = kRoomyProducer && !kRoomy ? 4 : 1;  // of the producer's loops
+              kUnrollParts = kRoomy ? 1 : 4;  // of the producer's loops
 constexpr int kProducerRegisters = kRoomy ? 56 : kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
 constexpr int kConsumerRegisters = kConsumers == 2 ? (504 - kProducerRegisters) / 2 : 160;
 constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
-// The softmax of a step runs beside the product of the step before, but for the one variant short of registers.
-constexpr bool kOverlap = V_DIM <= 192 && !(TRANSFORM && kConsumers == 3);
+// The softmax of a step runs beside the product of the step before, but for variants short of registers.
+constexpr bool kOverlap = !TRANSFORM || (kConsumers == 2 && V_DIM < 256);
 // Weights are packed while the product of the step before reads its own, where registers allow: steps then take turns
 // with two sets of them. After it otherwise.
-constexpr bool kPackEarly = 2 * kScores + kOuts + 24 <= kConsumerRegisters;
+constexpr bool kPackEarly = kRoomy;
+// Values load a step behind their keys, as in FlashAttention-3: the next keys need not wait for the room of these
+// values.
+constexpr bool kLateValues = !kRoomy;
 constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
+
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
 
 struct Work {                         // one consumer's share of a tile
     int row0, row1, head, num_steps;  // num_steps < 0: no more work
@@ -62,6 +72,8 @@ struct Walk {  // of the producer
     int num_tiles, kv_head, index, steps_left;  // index: of the slice in the tile
     int next_head, next, known;                 // of the next tile; known: how far it is looked up
     u32 round;                                  // tiles so far
+    Ring v_ring;                                // late values: where those of key v_key0 and on go
+    int v_key0;                                 // < 0: all are on their way
 };
 
 struct Smem {
@@ -154,6 +166,14 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
                     tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
             }
         };
+        auto load_v = [&](const Ring& at, int key0) {
+            barrier_wait(s.v_free[at.stage], at.parity ^ 1);
+            barrier_arrive_expect(s.v_full[at.stage], sizeof(s.v[0]));
+#pragma unroll kUnrollParts
+            for (int h = 0; h < kVParts; ++h)
+                tma_load(s.v[at.stage][h], a.v, s.v_full[at.stage], 64 * h, walk.kv_head, key0);
+        };
+        walk.v_key0 = -1;
         bool q_loaded = item.num_steps == 0;
         if (q_loaded) load_q();
 
@@ -196,15 +216,17 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
                 if (!q_loaded)
                     load_q();  // after the first keys: these need not wait for the previous tile's last product
                 q_loaded = true;
-                barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
-                barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
-#pragma unroll kUnrollParts
-                for (int h = 0; h < kVParts; ++h)
-                    tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, walk.kv_head, key0);
+                if constexpr (kLateValues) {
+                    if (walk.v_key0 >= 0) load_v(walk.v_ring, walk.v_key0);
+                    walk.v_ring = ring, walk.v_key0 = key0;
+                } else {
+                    load_v(ring, key0);
+                }
                 look_ahead();
                 ring.advance();
             }
         }
+        if (kLateValues && walk.v_key0 >= 0) load_v(walk.v_ring, walk.v_key0);
         while (known < 3) look_ahead();
         work = next;
     }
@@ -217,18 +239,6 @@ __device__ void load_tiles(const ForwardArgs& a, Smem& s) {
 }
 
 // ---- consumers ----
-// Whether a weight of the warp would be too large for the maximum in use.
-__device__ __forceinline__ bool too_high(const float (&d)[kScores], const Rows& rows, float slack) {
-    float most[2] = {d[0], d[2]}, odd_most[2] = {d[1], d[3]};
-#pragma unroll
-    for (int i = 4; i < kScores; i += 2) {
-        most[i / 2 % 2] = fmaxf(most[i / 2 % 2], d[i]);
-        odd_most[i / 2 % 2] = fmaxf(odd_most[i / 2 % 2], d[i + 1]);
-    }
-    return __any_sync(
-        ~0u, fmaxf(most[0], odd_most[0]) > rows.most[0] + slack || fmaxf(most[1], odd_most[1]) > rows.most[1] + slack);
-}
-
 // p = exp2(score - most), packed as the next product's operand or else in the place of the scores, and their sums by
 // row. Rows that saw no key yet have most = -inf; 0 is subtracted there.
 __device__ __forceinline__ void weigh_scores(float scale, float (&d)[kScores], const Rows& rows,
@@ -252,6 +262,33 @@ __device__ __forceinline__ void weigh_scores(float scale, float (&d)[kScores], c
     }
 #pragma unroll
     for (int e = 0; e < 2; ++e) sum[e] += odd_sum[e];
+}
+
+// The scores of this warp's rows once more, by itself: ordinary products, with the accumulators of the warpgroup's.
+__device__ __forceinline__ void score_again(u32 q, u32 k, float (&d)[kScores]) {
+    // Addresses of the lane's row of two matrices; with the swizzle the next 8 elements are 16 bytes off by exclusive
+    // or.
+    const u32 i = thread_index();
+    q += (i % 128 / 32 * 16 + i % 16) * 128 + i % 8 * 16;
+    k += i % 16 * 128 + i % 8 * 16;
+#pragma unroll
+    for (int j = 0; j < kScores; ++j) d[j] = 0;
+#pragma unroll 1
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll 1
+        for (u32 at = 0; at < 128; at += 16) {
+            u32 x[2], y[2];
+            load_matrices(q ^ at, x);
+#pragma unroll
+            for (int j = 0; j < kScores; j += 8) {
+                load_matrices((k ^ at) + 256 * j, y);
+                warp_product<T>(d[j], d[j + 1], d[j + 2], d[j + 3], x, y[0]);
+                warp_product<T>(d[j + 4], d[j + 5], d[j + 6], d[j + 7], x, y[1]);
+            }
+        }
+        q += kRows * 128;
+        k += kKeys * 128;
+    }
 }
 
 __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
@@ -324,7 +361,6 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         // maximum moves first. Returns whether the outputs have to be rescaled.
         auto weigh = [&](Mode mode, u32(&to)[kKeys / 16][4]) {
             if (TRANSFORM) transform_scores(a, d);
-            if (!kPackEarly && mode == kPlain && too_high(d, rows, slack)) mode = kCareful;  // weights overwrite scores
             bool grew = false;
             if (mode != kPlain) {
                 if (mode == kMasked) mask_scores(s.step[ring.stage], work.row0 + row(), column(), d);
@@ -335,14 +371,18 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
                 for (int e = 0; e < 2 && look_always; ++e)
                     if (work.row0 + row() + 8 * e < work.row1) largest = fmaxf(largest, rows.found[e]);
             }
-            if constexpr (!kPackEarly) weigh_scores(scale, d, rows, to, sum);
-            end_scores();
-            while (kPackEarly) {
+            if (kPackEarly) end_scores();  // before the weights: nobody reads these keys again
+            for (;;) {
                 weigh_scores(scale, d, rows, to, sum);
                 if (mode != kPlain || __all_sync(~0u, sum[0] <= kLimit && sum[1] <= kLimit)) break;
+                if constexpr (!kPackEarly) {
+                    score_again(q_addr, smem_addr(s.k[0][0]) + ring.stage * sizeof(s.k[0]), d);
+                    if (TRANSFORM) transform_scores(a, d);
+                }
                 grew = move_maximum(scale, slack, d, rows);
                 mode = kCareful;
             }
+            if (!kPackEarly) end_scores();
             return grew;
         };
         // What is to be done with a step that meets this consumer so; rows without a maximum need one first.

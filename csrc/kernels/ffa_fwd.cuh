@@ -4,14 +4,6 @@
 
 namespace magi {
 
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-};
-
 constexpr float kLimit =
     1 << 15;  // of the sum of a thread's weights: more than 2^kForwardSlack times them all, less than f16 holds
 

@@ -119,6 +119,13 @@ __device__ __forceinline__ void store_matrices(u32 row_addr, const u32 (&x)[4]) 
                  "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
 }
+// The other way, two of them; lane l names row l % 8 of matrix l / 8 % 2.
+__device__ __forceinline__ void load_matrices(u32 row_addr, u32 (&x)[2]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(row_addr)
+                 : "memory");
+}
 __device__ __forceinline__ void store_shared(u32 addr, float x, float y, float z, float w) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }

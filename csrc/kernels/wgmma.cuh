@@ -1,4 +1,5 @@
-// How does a warpgroup multiply on the tensor cores? Descriptors, the four wgmma forms, and the accumulator's layout.
+// How does a warpgroup multiply on the tensor cores? Descriptors, the four wgmma forms, and the accumulator's layout;
+// and how does a warp by itself.
 //
 // Accumulator of m64nN: thread t holds rows r = t / 32 * 16 + t % 32 / 4 and r + 8, columns 8j + c and 8j + c + 1 with
 // c = t % 4 * 2; d[4j], d[4j + 1] are row r, d[4j + 2], d[4j + 3] row r + 8. Packed in pairs, 16 columns of an
@@ -134,6 +135,21 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const u32 (&a)[4], u
     if constexpr (N == 128) MAGI_BY_TYPE(MAGI_WGMMA_RS, 128, 64, 65, 66, 67, 68, 69, 70);
     if constexpr (N == 192) MAGI_BY_TYPE(MAGI_WGMMA_RS, 192, 96, 97, 98, 99, 100, 101, 102);
     if constexpr (N == 256) MAGI_BY_TYPE(MAGI_WGMMA_RS, 256, 128, 129, 130, 131, 132, 133, 134);
+}
+
+// One warp's 16 x 8 += 16 x 8 times 8 x 8, accumulators as above.
+template <class T>
+__device__ __forceinline__ void warp_product(float& c0, float& c1, float& c2, float& c3, const u32 (&a)[2], u32 b) {
+    if constexpr (kIsBf16<T>)
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+            : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 }  // namespace magi
