@@ -52,7 +52,7 @@ void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, 
     const GatherArgs args{(const char*)src, (char*)dst, ranges, first, (int)num_ranges, total, row_bytes};
     if (bulk) {
         const int64_t stages = (total * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
-        launch(kernel("rows", "gather16", device, kRowSmem), one_each(stages, device), kRowThreads, kRowSmem, stream,
+        launch(kernel("rows", "gather16", device, kRowSmem), one_each(stages, device), 32 * kRowWarps, kRowSmem, stream,
                args, /*overlap=*/true);
     } else {
         const char* gather = row_bytes % 4 == 0 && aligned({src, dst}, 4) ? "gather4" : "gather1";
@@ -77,8 +77,8 @@ void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_r
                               : type == kElementBF16 ? "scatter_bf16"
                                                      : "scatter_f16";
         const int64_t stages = (num_rows * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
-        launch(kernel("rows", scatter, device, kRowSmem), one_each(stages, device), kRowThreads, kRowSmem, stream, args,
-               /*overlap=*/true);
+        launch(kernel("rows", scatter, device, kRowSmem), one_each(stages, device), 32 * kRowWarps, kRowSmem, stream,
+               args, /*overlap=*/true);
     } else {
         launch(kernel("rows", "scatter1", device, 0), fill((num_rows + 7) / 8, device), kThreads, 0, stream, args);
     }

@@ -111,9 +111,9 @@ struct BandArgs {
     int num_slices;
 };
 constexpr int kFewRanges = 4096;
-// Kernels that move rows by bulk copies: one block a multiprocessor, of which the first warps have a ring of stages
-// each; beside these barriers, sums of ranges and lists of them.
-constexpr int kRowThreads = 448, kRowWarps = 12, kRowStages = 3, kRowStageBytes = 4096;
+// Kernels that move rows by bulk copies: one block a multiprocessor, every warp with a ring of stages
+// of its own; beside these barriers, sums of ranges and lists of them.
+constexpr int kRowWarps = 12, kRowStages = 3, kRowStageBytes = 4096;
 constexpr unsigned kRowSmem = kRowWarps * kRowStages * (kRowStageBytes + 24) + 8 * (kFewRanges + 2) + 4 * 4096;
 constexpr int kMergeEights = 1024;  // of a block of merge8
 

@@ -8,25 +8,27 @@ namespace magi {
 constexpr int kThreads = 256;  // of kernels that use no rings
 
 // ---- ranges ----
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ long long sum_upto(long long x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const long long below = __shfl_up_sync(~0u, x, step);
+        if (threadIdx.x % 32 >= step) x += below;
+    }
+    return x;
+}
 // The sum of x over the threads before this one; all: over the whole block.
 __device__ long long sum_before(long long x, long long& all) {
     __shared__ long long warp_sum[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    long long sum = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const long long below = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += below;
-    }
+    const long long sum = sum_upto(x);
     if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
     long long before = sum - x;
     all = 0;
-#pragma unroll
-    for (int w = 0; w < 32; ++w) {
-        const long long of_warp = w < warps ? warp_sum[w] : 0;
-        if (w < warp) before += of_warp;
-        all += of_warp;
+    for (int w = 0; w < warps; ++w) {
+        if (w < warp) before += warp_sum[w];
+        all += warp_sum[w];
     }
     __syncthreads();
     return before;
@@ -60,18 +62,13 @@ __device__ void scan_ranges(const RowRange* ranges, int num_ranges, long long* f
         __syncthreads();
         const int begin = base + own * threadIdx.x,
                   count = min(own, num_ranges - begin);  // now in a row for each thread
-        int length[kOwnRanges];
         long long sum = 0, all;
-#pragma unroll
-        for (int i = 0; i < kOwnRanges; ++i) {
-            length[i] = i < count ? first[begin + i] : 0;
-            sum += length[i];
-        }
+        for (int i = 0; i < count; ++i) sum += first[begin + i];
         long long at = carry + sum_before(sum, all);
-#pragma unroll
-        for (int i = 0; i < kOwnRanges; ++i) {
-            if (i < count) first[begin + i] = at;
-            at += length[i];
+        for (int i = 0; i < count; ++i) {
+            const long long length = first[begin + i];
+            first[begin + i] = at;
+            at += length;
         }
         carry += all;
         base += own * blockDim.x;
@@ -84,27 +81,15 @@ extern "C" __global__ __launch_bounds__(1024) void scan(const __grid_constant__ 
     scan_ranges(a.ranges, a.num_ranges, a.first);
 }
 
-// The range that holds position row of the concatenation.
-__device__ int range_of(const long long* first, int num_ranges, long long row) {
-    int low = 0, high = num_ranges;  // first[low] <= row < first[high]
+// The range that holds a position of the concatenation, in units of which a row has `unit`.
+__device__ int range_of(const long long* first, int num_ranges, long long unit, long long position) {
+    int low = 0, high = num_ranges;  // first[low] * unit <= position < first[high] * unit
     while (high - low > 1) {
         const int mid = (low + high) / 2;
-        if (first[mid] <= row)
+        if (first[mid] * unit <= position)
             low = mid;
         else
             high = mid;
-    }
-    return low;
-}
-// The same by a whole warp, for a position in bytes.
-__device__ int range_of(const long long* first, int num_ranges, long long row_bytes, long long position) {
-    int low = 0;
-    for (int count = num_ranges; count > 1;) {
-        const int step = (count + 31) / 32, at = threadIdx.x % 32 * step;
-        const u32 before = __ballot_sync(~0u, at < count && first[low + at] * row_bytes <= position);
-        const int skipped = (__popc(before) - 1) * step;
-        low += skipped;
-        count = min(step, count - skipped);
     }
     return low;
 }
@@ -131,25 +116,32 @@ __device__ RowSmem& row_smem() {
     return *reinterpret_cast<RowSmem*>(raw);
 }
 
-// The barriers made ready, and the running sums of the ranges.
+// The warp's barriers made ready, and the running sums of the ranges. Short kernels wait for their own instructions and
+// for each other's warps: up to 32 ranges every warp sums by itself, in a few lines.
 __device__ const long long* prepare(RowSmem& s, const RowRange* ranges, int num_ranges, const long long* first) {
-    if (threadIdx.x < kRowWarps * kRowStages) barrier_init(s.full[0][threadIdx.x], 1);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane < kRowStages) barrier_init(s.full[warp][lane], 1);
     barrier_init_fence();
+    __syncwarp();
     wait_for_earlier_kernels();
-    if (first) {
-        __syncthreads();
-        return first;
+    if (first) return first;
+    if (num_ranges > 32) {
+        scan_ranges(ranges, num_ranges, s.few);
+        return s.few;
     }
-    scan_ranges(ranges, num_ranges, s.few);
-    return s.few;
+    const RowRange mine = lane < num_ranges ? ranges[lane] : RowRange{0, 0};
+    long long* few = s.few + 33 * warp;
+    few[lane + 1] = sum_upto(max(0, mine.end - mine.begin));
+    if (lane == 0) few[0] = 0;
+    __syncwarp();
+    return few;
 }
 
 // ---- gather: pieces of ranges, cut into stages of the output ----
-extern "C" __global__ __launch_bounds__(kRowThreads, 1) void gather16(const __grid_constant__ GatherArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void gather16(const __grid_constant__ GatherArgs a) {
     RowSmem& s = row_smem();
     const long long* first = prepare(s, a.ranges, a.num_ranges, a.first);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (warp >= kRowWarps) return;
     const long long bytes = min(a.total, first[a.num_ranges]) * a.row_bytes;
     // Bytes of dst; neighbours in time are neighbours in memory.
     auto begin_of = [&](int n) {
@@ -198,7 +190,7 @@ __device__ void gather_rows(const GatherArgs& a) {
     for (long long row0 = (long long)blockIdx.x * tile_rows; row0 < total; row0 += (long long)gridDim.x * tile_rows) {
         const int rows = min((long long)tile_rows, total - row0);
         if (threadIdx.x < rows) {
-            const int i = range_of(first, a.num_ranges, row0 + threadIdx.x);
+            const int i = range_of(first, a.num_ranges, 1, row0 + threadIdx.x);
             source[threadIdx.x] = (a.ranges[i].begin + row0 + threadIdx.x - first[i]) * a.row_bytes;
         }
         __syncthreads();
@@ -324,7 +316,6 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
     const int found = a.num_ranges <= 32
                           ? -1
                           : find_hits(a.ranges, a.num_ranges, place_of(tile0).row0, place_of(tile1 - 1).row1, s.hits);
-    if (warp >= kRowWarps) return;
     const int count = found < 0 ? a.num_ranges : found;
 
     // The next layer of this warp's tiles, on its way into the stage.
@@ -439,13 +430,13 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
     if (lane == 0) bulk_wait_read<0>();
 }
 
-extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_f32(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_f32(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<float>(a);
 }
-extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_bf16(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_bf16(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<bf16>(a);
 }
-extern "C" __global__ __launch_bounds__(kRowThreads, 1) void scatter_f16(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_f16(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<f16>(a);
 }
 
