@@ -1,4 +1,4 @@
-// Launches the attention backward: statistics and the transposed tile table, the persistent kernel, dq's conversion.
+// Launches the attention backward: the transposed tile table, statistics and zeros beside it, the persistent kernel.
 #include "cuda/ffa_bwd.h"
 
 #include <algorithm>
@@ -23,13 +23,48 @@ int num_blocks(const BackwardParams& p) {
     return ceil_div(backward_rows_pad(p.shape.num_q), backward_rows(padded_dim(p.shape), tall_visits(p)));
 }
 
+// How the work is handed out: tiles by sections of heads, dq finished `lag` work items later, its sums in a ring.
+struct Schedule {
+    int rows, blocks, num_tiles, section_heads, waves, wave_tiles, lag, ring_heads;
+    bool finishes;
+};
+Schedule schedule(const BackwardParams& p, int device) {
+    const AttentionShape& s = p.shape;
+    const int64_t group = s.num_q_heads / std::max(1, s.num_kv_heads);
+    Schedule x{};
+    x.rows = backward_rows(padded_dim(s), tall_visits(p));
+    x.finishes = backward_finishes(x.rows, p.deterministic);
+    x.num_tiles = ceil_div(s.num_k, kBackwardKeys);
+    const int64_t shares = x.finishes ? (int64_t)ceil_div(s.num_q, kFinishRows) * s.num_q_heads : 0;
+    const int64_t work = std::max<int64_t>((int64_t)x.num_tiles * s.num_kv_heads, shares);
+    const int sms = std::max(1, num_sms(device) - p.sm_margin);
+    x.blocks = (int)std::min<int64_t>(work, sms);
+    // Heads whose q, dout and dq rows fit half of the L2 cache together run side by side.
+    constexpr int64_t kCacheBytes = 28 << 20;
+    const int64_t head_bytes = std::max<int64_t>(1, 8LL * s.num_q * group * padded_dim(s));
+    // Ordered visits of one head follow each other closely, in time and in rows: more heads at once wait less.
+    constexpr int kOrderedHeads = 16;
+    const int64_t heads = std::max(1, s.num_kv_heads);
+    x.section_heads = (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, heads);
+    // Tiles of one head that run side by side: see plan_visits.
+    x.waves = x.section_heads > 1 ? 1 : std::max(1, (x.num_tiles + sms / 2) / sms);
+    x.wave_tiles = x.waves > 1 ? sms : x.num_tiles;
+    // Under a causal mask the heaviest tile takes as long as two others: a section and two rounds later all have ended.
+    const int64_t section = std::max<int64_t>(1, (int64_t)x.section_heads * x.num_tiles), ended = 2LL * x.blocks;
+    const int64_t lag = section + ended, sections = 1 + (lag + ended + section - 1) / section;
+    x.lag = (int)std::min<int64_t>(lag, 1 << 30);
+    x.ring_heads = (int)(x.finishes ? std::min<int64_t>(sections * x.section_heads, heads) : heads);
+    return x;
+}
+
 // The workspace, in order. What must be zero comes first and is one fill.
 struct Workspace {
-    size_t dq, turn, zeroed, lse, delta, table, order, total;
+    size_t dq_sum, added, finished, turn, zeroed, lse, delta, table, order, total;
 };
-Workspace layout(const BackwardParams& p) {
+Workspace layout(const BackwardParams& p, const Schedule& x) {
     const AttentionShape& s = p.shape;
     const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = num_blocks(p);
+    const size_t slots = s.num_kv_heads ? heads / s.num_kv_heads * x.ring_heads : 0;
     Workspace w{};
     size_t at = 0;
     const auto take = [&](size_t bytes) {
@@ -37,105 +72,113 @@ Workspace layout(const BackwardParams& p) {
         at += (bytes + 255) / 256 * 256;
         return from;
     };
-    w.dq = take(heads * rows * padded_dim(s) * sizeof(float));
+    w.dq_sum = take(slots * rows * padded_dim(s) * sizeof(float));
+    w.added = take(s.num_kv_heads * sizeof(int));
+    w.finished = take(s.num_kv_heads * sizeof(int));
     w.turn = take(p.deterministic ? heads * 2 * blocks * sizeof(int) : 0);
     w.zeroed = at;
     w.lse = take(heads * rows * sizeof(float));
     w.delta = take(heads * rows * sizeof(float));
     w.table = take(table_bytes(s.num_k, kBackwardKeys, p.num_slices));
-    w.order = take(p.deterministic ? ceil_div(s.num_k, kBackwardKeys) * blocks * sizeof(int) : 0);
+    w.order = take(p.deterministic ? x.num_tiles * blocks * sizeof(int) : 0);
     w.total = at;
     return w;
 }
 
 }  // namespace
 
-size_t backward_workspace(const BackwardParams& p) { return layout(p).total; }
+size_t backward_workspace(const BackwardParams& p, int device) { return layout(p, schedule(p, device)).total; }
 
 void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     const AttentionShape& shape = p.shape;
+    if (shape.num_q_heads == 0 || shape.num_q + shape.num_k == 0) return;
     void* stream = current_stream(device);
-    const Workspace at = layout(p);
+    const Schedule plan = schedule(p, device);
+    const Workspace at = layout(p, plan);
     char* base = static_cast<char*>(workspace);
+    const auto ints = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
+    const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
     const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
     const std::string variant = "ffa_bwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
                                 (p.softcap > 0 ? "_softcap" : "") + (p.deterministic ? "_ordered" : "") +
                                 (tall_visits(p) ? "_tall" : "");
-    const int rows = backward_rows(dim, tall_visits(p));
-    const unsigned smem = backward_smem(dim, rows);
+    const unsigned smem = backward_smem(dim, plan.rows);
     void* backward = kernel(variant, "ffa_bwd", device, smem);
-    float* const dq = reinterpret_cast<float*>(base + at.dq);
+    const TileTable table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k,
+                                        kBackwardKeys, plan.rows, true, device, stream);
+    int* const order = p.deterministic ? ints(at.order) : nullptr;
+    const BackwardPrepareArgs prepare{static_cast<const float*>(p.lse),
+                                      static_cast<const float*>(p.delta),
+                                      floats(at.lse),
+                                      floats(at.delta),
+                                      shape.num_q,
+                                      shape.num_q_heads,
+                                      rows_pad,
+                                      floats(0),
+                                      (long long)(at.zeroed / sizeof(float)),
+                                      table,
+                                      p.slices,
+                                      p.num_slices,
+                                      shape.num_k,
+                                      num_blocks(p),
+                                      plan.rows,
+                                      order};
+    launch(kernel("ffa_bwd_rows", "backward_prepare", device, 0),
+           {(unsigned)(rows_pad / kPrepareRows), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream, prepare,
+           /*overlap=*/true);
 
-    if (shape.num_q > 0) zero(base, at.zeroed, stream);
+    BackwardArgs a{};
+    a.table = table;
+    if (shape.num_q > 0) {
+        a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, plan.rows);
+        a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, plan.rows);
+    }
     if (shape.num_k > 0) {
-        BackwardArgs a{};
-        a.table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k, kBackwardKeys, rows,
-                              true, device, stream);
-        a.lse_log2 = reinterpret_cast<float*>(base + at.lse);
-        a.delta = reinterpret_cast<float*>(base + at.delta);
-        a.rows_pad = rows_pad;
-        if (shape.num_q > 0) {
-            const BackwardStatsArgs stats{static_cast<const float*>(p.lse),
-                                          static_cast<const float*>(p.delta),
-                                          reinterpret_cast<float*>(base + at.lse),
-                                          reinterpret_cast<float*>(base + at.delta),
-                                          shape.num_q,
-                                          shape.num_q_heads,
-                                          rows_pad};
-            launch(kernel("ffa_bwd_rows", "backward_stats", device, 0),
-                   {(unsigned)ceil_div(rows_pad, 32), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream,
-                   stats);
-            a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, rows);
-            a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, rows);
-        }
         a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kBackwardKeys);
         a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kBackwardKeys);
-        a.slices = p.slices;
-        a.num_slices = p.num_slices;
-        a.num_q = shape.num_q;
-        a.num_k = shape.num_k;
-        a.num_kv_heads = shape.num_kv_heads;
-        a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
-        a.head_dim = shape.head_dim;
-        a.v_dim = shape.v_dim;
-        // Heads whose q, dout and dq rows fit half of the L2 cache together run side by side.
-        constexpr int64_t kCacheBytes = 28 << 20;
-        const int64_t head_bytes = std::max<int64_t>(1, 8LL * shape.num_q * a.heads_per_kv * dim);
-        // Ordered visits of one head follow each other closely, in time and in rows: more heads at once wait less.
-        constexpr int kOrderedHeads = 16;
-        a.section_heads =
-            (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, shape.num_kv_heads);
-        // Tiles of one head that run side by side: see plan_visits.
-        const int sms = std::max(1, num_sms(device) - p.sm_margin);
-        a.waves = a.section_heads > 1 ? 1 : std::max(1, (a.table.num_tiles + sms / 2) / sms);
-        a.wave_tiles = a.waves > 1 ? sms : a.table.num_tiles;
-        a.dq = dq;
-        a.dk = p.dk.data;
-        a.dv = p.dv.data;
-        a.dk_row_stride = p.dk.row_stride;
-        a.dk_head_stride = p.dk.head_stride;
-        a.dv_row_stride = p.dv.row_stride;
-        a.dv_head_stride = p.dv.head_stride;
-        a.grad_is_float = p.grad_dtype == Dtype::kF32;
-        a.scale = static_cast<float>(p.softmax_scale);
-        a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
-        a.softcap = static_cast<float>(p.softcap);
-        if (p.deterministic) {
-            a.turn = reinterpret_cast<int*>(base + at.turn);
-            a.order = reinterpret_cast<int*>(base + at.order);
-            a.num_blocks = num_blocks(p);
-            launch(kernel("ffa_bwd_rows", "backward_order", device, 0), {(unsigned)ceil_div(a.num_blocks, 64)}, 64, 0,
-                   stream,
-                   BackwardOrderArgs{a.table, p.slices, p.num_slices, shape.num_q, shape.num_k, a.num_blocks, rows,
-                                     reinterpret_cast<int*>(base + at.order)});
-        }
-        const int64_t work = (int64_t)a.table.num_tiles * a.num_kv_heads;
-        const unsigned blocks = (unsigned)std::min<int64_t>(work, sms);
-        launch(backward, {blocks}, 384, smem, stream, a);
     }
-    if (shape.num_q > 0) {
+    a.slices = p.slices;
+    a.num_slices = p.num_slices;
+    a.num_q = shape.num_q;
+    a.num_k = shape.num_k;
+    a.num_heads = shape.num_q_heads;
+    a.num_kv_heads = shape.num_kv_heads;
+    a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
+    a.head_dim = shape.head_dim;
+    a.v_dim = shape.v_dim;
+    a.rows_pad = rows_pad;
+    a.section_heads = plan.section_heads;
+    a.waves = plan.waves;
+    a.wave_tiles = plan.wave_tiles;
+    a.lse_log2 = floats(at.lse);
+    a.delta = floats(at.delta);
+    a.dq_sum = floats(at.dq_sum);
+    a.dq = p.dq.data;
+    a.dk = p.dk.data;
+    a.dv = p.dv.data;
+    a.dq_prev = p.dq_prev;
+    a.dq_row_stride = p.dq.row_stride;
+    a.dq_head_stride = p.dq.head_stride;
+    a.dk_row_stride = p.dk.row_stride;
+    a.dk_head_stride = p.dk.head_stride;
+    a.dv_row_stride = p.dv.row_stride;
+    a.dv_head_stride = p.dv.head_stride;
+    a.grad_is_float = p.grad_dtype == Dtype::kF32;
+    a.scale = static_cast<float>(p.softmax_scale);
+    a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
+    a.softcap = static_cast<float>(p.softcap);
+    a.row_blocks = ceil_div(shape.num_q, kFinishRows);
+    a.lag = plan.lag;
+    a.ring_heads = plan.ring_heads;
+    a.added = ints(at.added);
+    a.finished = ints(at.finished);
+    a.turn = ints(at.turn);
+    a.order = order;
+    a.num_blocks = num_blocks(p);
+    launch(backward, {(unsigned)plan.blocks}, 384, smem, stream, a, /*overlap=*/true);
+    if (shape.num_q > 0 && !plan.finishes) {
         BackwardFinishArgs f{};
-        f.dq = dq;
+        f.dq = floats(at.dq_sum);
         f.dq_prev = p.dq_prev;
         f.out = p.dq.data;
         f.out_row_stride = p.dq.row_stride;

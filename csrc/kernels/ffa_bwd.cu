@@ -1,6 +1,7 @@
 // Attention backward over band slices. A persistent block owns 128 keys of one kv head, walks the q rows of every slice
 // that touches them for every query head of the group, and writes dk and dv once (zeros where nobody attends): no
-// atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh).
+// atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace; between two tiles
+// the consumers finish a share of what earlier tiles added up (ffa_bwd.cuh).
 //
 // One thread plans visits of 64, 80 or 128 rows (ROWS), another streams their Q, dO, lse and delta by TMA, and two
 // warps add dq to the workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed
@@ -12,6 +13,11 @@
 // Deterministic variants add the visits of a block of rows in ascending key order. Work is handed out in that order by
 // a counter to blocks that already run, and a visit waits only for work handed out earlier: the earliest unfinished
 // work waits for nobody, so nobody waits forever, however few blocks are resident.
+//
+// The same holds for sums. Item n finishes rows of head (n - lag) / tiles at the latest, all of whose tiles were handed
+// out before item n, as lag is at least a section; the head that had its tile's slot before is finished by items before
+// n, as the ring is that much longer (ffa_bwd.cpp). Planners wait, not consumers or storers: all visits of the block's
+// tile before are planned then, so that it ends, and its storers count it without waiting for the next item.
 //
 // Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, SOFTCAP 0 or 1,
 // DETERMINISTIC 0 or 1, ROWS as backward_rows has them.
@@ -34,24 +40,32 @@ constexpr int kLseAhead = kRows == 128 ? kRows / 8 / kSteps : kRows / 8;  // pai
 constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;                  // accumulators of a thread
 constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of one consumer, 64 columns wide
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
-constexpr int kPlanned = 4;                                               // visits written down at a time
-enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };            // the last two + consumer
+constexpr bool kFinishes = backward_finishes(kRows, DETERMINISTIC);
+constexpr int kPlanned = kFinishes ? 8 : 4;  // visits kept written down: storers that finish are late readers
+constexpr int kZeros = 128;                  // written by a lane at a time
+enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
 
-struct Item {                                 // a tile of keys of one kv head
+struct Item {                                 // a tile of keys of one kv head, or no keys
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
+    int block0, block1;                       // of dq rows, to be finished before
+};
+struct TileEnd {  // what counts once it is added
+    int kv_head, block0, block1, spare;
 };
 // Rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1).
 struct Visit {
     int row0, head, masked, order;
-    int first, last, lo, hi, key0, key1, spare0, spare1;
+    int first, last, lo, hi, key0, key1, slot, tile_ends;
+    TileEnd end;  // where tile_ends
 };
-struct Plan {  // the planner's notes: it has few registers
-    int next, index, kv_head, head;
-    int tile_key0, tile_key1, first, num_slices;  // of the tile
-    int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
-    int down;                                     // the tile's walk goes from the last row to the first
+struct Plan {                                      // the planner's notes: it has few registers
+    int next, index, kv_head, head, left;          // left: visits
+    int block0, block1, slots, complete, cleared;  // slots: from a head to its slot; heads known to be added, finished
+    int tile_key0, tile_key1, first, num_slices;   // of the tile
+    int slice, row0, row1, key0, key1, lo, hi;     // of one of its slices
+    int down;                                      // the tile's walk goes from the last row to the first
 };
 struct DqJob {  // a consumer's share of dq, for its storer
     float* to;  // null: no more
@@ -65,10 +79,12 @@ struct Smem {
     u16 ds[2][kKeys * kRows];  // [row / 16][key][row % 16], swizzled by hand
     float dq[kConsumers][kDqRows * 64];
     float lse[kStages][kRows], delta[kStages][kRows];
+    float zeros[kFinishes ? kZeros : 4];
     Visit visit[kPlanned];
     Item planned_item, item;
     Plan plan;
     DqJob job[kConsumers];
+    int no_more[kConsumers];  // visits, for a storer that finishes
     u64 item_planned, item_taken, visit_planned[kPlanned], visit_taken[kPlanned];
     u64 kv_full, kv_free, q_full[kStages], q_free[kStages], dout_full[kStages], dout_free[kStages];
 };
@@ -88,14 +104,34 @@ __device__ __forceinline__ int first_row(int row) { return row - static_cast<u32
 
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
+// Blocks of dq rows that are finished before tile n - lag would be: a head's blocks are spread over its tiles.
+__device__ __forceinline__ int blocks_before(const BackwardArgs& a, int n) {
+    n -= a.lag;
+    if (n <= 0) return 0;
+    const int tiles = a.table.num_tiles, blocks = a.row_blocks * a.heads_per_kv, head = n / tiles;
+    return head * blocks + static_cast<int>(static_cast<long long>(n - head * tiles) * blocks / tiles);
+}
+
+// Waits until the first `heads` heads' counts are `all`; `known` remembers.
+__device__ __forceinline__ void wait_for_heads(const int* counts, int all, int heads, int& known) {
+    for (; known < heads; known = known + 1)
+        while (turn_read(counts + known) < all) __nanosleep(100);
+}
+
 // Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
 __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
-    const Plan& plan = s.plan;
+    Plan& plan = s.plan;
     // The loader took visit n - 2 when the consumers were done with visit n - 4.
     if (n >= 2) barrier_wait(s.visit_taken[(n - 2) % kPlanned], (n - 2) / kPlanned & 1);
     Visit& visit = s.visit[n % kPlanned];
     visit.row0 = row0;
     visit.head = plan.head;
+    if (kFinishes) {
+        visit.slot = plan.head + plan.slots;
+        plan.left = plan.left - 1;
+        visit.tile_ends = plan.left == 0;
+        if (plan.left == 0) visit.end = {plan.kv_head, plan.block0, plan.block1, 0};
+    }
     bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
     visit.first = plan.row0 - row0;
     visit.last = min(plan.row1 - row0, kRows);
@@ -111,12 +147,30 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
 
 __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
     Plan& plan = s.plan;
+    plan.complete = plan.cleared = 0;
     int n = 0;
     for (u32 parity = 1;; parity ^= 1) {
         plan.next = take_work(a);  // late: work that is reserved early is kept from blocks that idle at the end
-        const bool done = plan.next >= a.table.num_tiles * a.num_kv_heads;
-        int visits = -1;
-        if (!done) {
+        const int num_tiles = a.table.num_tiles * a.num_kv_heads;
+        const int head_blocks = a.row_blocks * a.heads_per_kv;
+        bool done = plan.next >= num_tiles;
+        if (kFinishes) {
+            plan.block0 = blocks_before(a, min(plan.next, num_tiles));
+            if (plan.next < num_tiles) {
+                plan.block1 = blocks_before(a, plan.next + 1);
+            } else {  // the rest, one by one
+                plan.block0 = plan.block0 + (plan.next - num_tiles);
+                plan.block1 = plan.block0 + 1;
+            }
+            done = done && plan.block0 >= head_blocks * a.num_kv_heads;
+            if (!done && plan.block0 < plan.block1)
+                wait_for_heads(a.added, a.table.num_tiles * kConsumers, (plan.block1 - 1) / head_blocks + 1,
+                               plan.complete);
+        }
+        plan.tile_key0 = plan.tile_key1 = 0;
+        int visits = done ? -1 : 0;
+        bool empty = false;
+        if (plan.next < num_tiles) {
             {
                 const int work = plan.next, first_head = work / (a.table.num_tiles * a.section_heads) * a.section_heads;
                 const int heads = min(a.section_heads, a.num_kv_heads - first_head);
@@ -141,18 +195,37 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 plan.first = tile.y;
                 plan.num_slices = tile.z;
             }
-            visits = 0;
+            if (kFinishes) {
+                plan.slots = (plan.kv_head % a.ring_heads - plan.kv_head) * a.heads_per_kv;
+                if (plan.kv_head >= a.ring_heads)
+                    wait_for_heads(a.finished, head_blocks * kConsumers, plan.kv_head - a.ring_heads + 1, plan.cleared);
+            }
             for (int i = 0; i < plan.num_slices; ++i) {
                 const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
                 if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
             }
             visits *= a.heads_per_kv;
+            // Nobody sees these keys. If rows were finished before, they count after an empty visit.
+            if (kFinishes && visits == 0) {
+                empty = plan.block0 < plan.block1;
+                visits = empty;
+                if (!empty)
+                    for (int w = 0; w < kConsumers; ++w) turn_pass(a.added + plan.kv_head);
+            }
+            plan.left = visits;
         }
         barrier_wait(s.item_taken, parity);
-        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
+        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits,
+                          plan.block0,    done ? plan.block0 : plan.block1};
         barrier_arrive(s.item_planned);
         if (done) break;
         if (visits == 0) continue;
+        if (empty) {
+            plan.head = plan.kv_head * a.heads_per_kv;
+            plan.row0 = plan.row1 = plan.key0 = plan.key1 = plan.lo = plan.hi = 0;
+            plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
+            continue;
+        }
         const int first_head = plan.kv_head * a.heads_per_kv;
         // In ordered visits one head follows the other. Otherwise a block of rows is visited for all heads of the group
         // while its rows are in L2, where other tiles visit it too.
@@ -231,6 +304,45 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
 
 // ---- storers: one warp a consumer adds its dq tiles to the workspace
 // ----------------------------------------------------------------------------------------------------------------
+// A consumer's share of a block of kFinishRows, as of a visit: half of the columns or half of the rows.
+constexpr int kShareRows = kHalves == 2 ? kFinishRows : kFinishRows / 2;
+
+__device__ __forceinline__ float* sums_of(const BackwardArgs& a, int block, int w) {
+    const int head = block / a.row_blocks, row0 = block % a.row_blocks * kFinishRows;
+    const int ring = a.ring_heads * a.heads_per_kv, slot = head - head / ring * ring;
+    const long long row =
+        kHalves == 2 ? (slot * 2LL + w) * a.rows_pad : static_cast<long long>(slot) * a.rows_pad + w * kShareRows;
+    return a.dq_sum + (row + row0) * 64;
+}
+
+// At the end of a tile: zeros where blocks of rows were finished before it, for the head that has the slot next; then
+// the tile and the blocks count. Who sees what:
+// - Adds and zeros are bulk copies. The lane that issued them waits until they are done, the warp meets, and lane 0's
+//   fence and count release them all; a planner's acquire passes them on by the item's barrier to the consumers, which
+//   read past L1.
+// - The consumers have the sums in registers before they arrive for the tile's last visit; the first fence orders
+//   their reads before the zeros, which another proxy writes.
+// - A block that adds to the slot for the next head planned that tile after it acquired the count of the zeros.
+__device__ __forceinline__ void end_tile(const BackwardArgs& a, Smem& s, int w, const TileEnd& end) {
+    const int lane = threadIdx.x % 32;
+    auto reused = [&](int block) { return block / a.row_blocks + a.ring_heads * a.heads_per_kv < a.num_heads; };
+    if (end.block0 < end.block1) fence_async();
+#pragma unroll 1
+    for (int block = end.block0; block < end.block1; ++block)
+        for (int i = lane * kZeros; reused(block) && i < kShareRows * 64; i += 32 * kZeros)
+            bulk_store(sums_of(a, block, w) + i, s.zeros, sizeof(s.zeros));
+    bulk_wait();
+    __syncwarp();
+    if (lane == 0) {
+        turns_fence();
+        turn_count(a.added + end.kv_head);
+#pragma unroll 1
+        for (int block = end.block0; block < end.block1; ++block)
+            if (reused(block)) turn_count(a.finished + block / (a.row_blocks * a.heads_per_kv));
+    }
+    __syncwarp();
+}
+
 __device__ void store_dq(Smem& s, int w) {
     const bool leader = threadIdx.x % 32 == 0;
     named_arrive(kDqFree + w, 160);
@@ -254,6 +366,28 @@ __device__ void store_dq(Smem& s, int w) {
         }
     }
     if (leader) bulk_wait();
+}
+
+// The same where dq is finished here; what is to be added where it reads from the visits themselves.
+__device__ void store_and_count(const BackwardArgs& a, Smem& s, int w) {
+    const bool leader = threadIdx.x % 32 == 0;
+    named_arrive(kDqFree + w, 160);
+    for (u32 n = 0;; ++n) {
+        named_sync(kDqReady + w, 160);
+        if (s.no_more[w]) break;
+        // Its place is taken by visit n + kPlanned, when the consumers are past what this warp has yet to store.
+        const Visit& visit = s.visit[n % kPlanned];
+        const bool ends = visit.tile_ends;
+        if (leader) {
+            const long long row = kHalves == 2 ? (visit.slot * 2LL + w) * a.rows_pad
+                                               : static_cast<long long>(visit.slot) * a.rows_pad + w * kDqRows;
+            bulk_add(a.dq_sum + (row + visit.row0) * 64, s.dq[w], kBulkBytes);
+            bulk_wait_read();
+        }
+        __syncwarp();
+        if (ends) end_tile(a, s, w, visit.end);
+        named_arrive(kDqFree + w, 160);
+    }
 }
 
 // ---- consumers
@@ -340,6 +474,86 @@ __device__ __forceinline__ void write_keys(const BackwardArgs& a, const Item& it
     }
 }
 
+// ---- dq: sums to results
+// ----------------------------------------------------------------------------------------------------------------------
+// A warp takes blocks of 4 rows x 64 columns (ffa_bwd.cuh), 16 blocks apart where the other warps have theirs between.
+// A lane's two vectors hold two rows of columns i and i + 8, and of both 32 further.
+constexpr int kPairs = kShareRows / 16;
+
+__device__ __forceinline__ int first_vector() {
+    const int thread = threadIdx.x % 128, warp = thread / 32;
+    return 64 * warp + (thread % 32 ^ (warp % 2 * 4));
+}
+
+// Every vector gets a value, so that none has to be kept from one tile to the next.
+__device__ __forceinline__ void load_sums(const BackwardArgs& a, int block, int w, bool any, float4 (&x)[kPairs][2]) {
+    const float4* sums = reinterpret_cast<const float4*>(sums_of(a, block, w)) + first_vector();
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) x[i][j] = any ? __ldcg(sums + 256 * i + 32 * j) : float4{};
+}
+
+// dq = scale * sums (+ dq_prev). Lanes that are 2 apart exchange, so that each has two columns of one row beside each
+// other; then four lanes turn theirs into 16 bytes each.
+__device__ __forceinline__ void write_rows(const BackwardArgs& a, int block, int w, const float4 (&x)[kPairs][2]) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const int head = block / a.row_blocks;
+    const bool second = lane & 2;  // of two rows
+    const int row0 = block % a.row_blocks * kFinishRows + (kHalves == 2 ? 0 : w * kShareRows) + thread / 32 * 4 +
+                     lane % 2 * 2 + second;
+    const int column0 = (kHalves == 2 ? w * 64 : 0) + lane / 16 * 16, c = column0 + lane / 4 % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+        const int row = row0 + 16 * i;
+        const bool valid = row < a.num_q;
+        float y[4][2];  // columns +0, +1; +8, +9; +32, +33; +40, +41
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float4 f = x[i][j];
+            const float lo = __shfl_xor_sync(~0u, second ? f.x : f.y, 2),
+                        hi = __shfl_xor_sync(~0u, second ? f.z : f.w, 2);
+            y[2 * j][0] = (second ? lo : f.x) * a.scale, y[2 * j][1] = (second ? f.y : lo) * a.scale;
+            y[2 * j + 1][0] = (second ? hi : f.z) * a.scale, y[2 * j + 1][1] = (second ? f.w : hi) * a.scale;
+        }
+        if (a.dq_prev) {
+            const long long at = (static_cast<long long>(row) * a.num_heads + head) * a.head_dim;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int column = c + j / 2 * 32 + j % 2 * 8;
+                if (!valid || column >= a.head_dim) continue;
+                if (a.grad_is_float) {
+                    const float2 prev =
+                        *reinterpret_cast<const float2*>(static_cast<const float*>(a.dq_prev) + at + column);
+                    y[j][0] += prev.x, y[j][1] += prev.y;
+                } else {
+                    const u32 prev = *reinterpret_cast<const u32*>(static_cast<const u16*>(a.dq_prev) + at + column);
+                    y[j][0] += to_float(T{static_cast<u16>(prev)});
+                    y[j][1] += to_float(T{static_cast<u16>(prev >> 16)});
+                }
+            }
+        }
+        const long long at = row * a.dq_row_stride + head * a.dq_head_stride;
+        if (a.grad_is_float) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int column = c + j / 2 * 32 + j % 2 * 8;
+                if (valid && column < a.head_dim)
+                    *reinterpret_cast<float2*>(static_cast<float*>(a.dq) + at + column) = make_float2(y[j][0], y[j][1]);
+            }
+        } else {
+            u32 z[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) z[j] = pack<T>(y[j][0], y[j][1]);
+            transpose_quad<4>(z, lane);
+            const int column = column0 + lane / 8 % 2 * 32 + lane / 4 % 2 * 8;
+            if (valid && column < a.head_dim)
+                __stcs(reinterpret_cast<uint4*>(static_cast<u16*>(a.dq) + at + column),
+                       make_uint4(z[0], z[1], z[2], z[3]));
+        }
+    }
+}
+
 __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const int key = 64 * w + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
@@ -357,7 +571,22 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         __syncwarp();                        // all lanes have read
         if (lane == 0) barrier_arrive(bar);  // every warp by itself
     };
+    int block = 0, end = 0;  // of the blocks to be finished
+    float4 sums[kPairs][2];
+    auto next_item = [&] {
+        barrier_wait(s.item_planned, kv_parity);
+        block = uniform(s.planned_item.block0);
+        end = uniform(s.planned_item.block1);
+        release(s.item_taken);
+        load_sums(a, block, w, block < end, sums);
+    };
+    if (kFinishes) next_item();
     for (;;) {
+        while (kFinishes && block < end) {  // while keys and values are loaded
+            write_rows(a, block, w, sums);
+            ++block;
+            load_sums(a, block, w, block < end, sums);
+        }
         barrier_wait(s.kv_full, kv_parity);
         kv_parity ^= 1;
         const int num_visits = uniform(s.item.num_visits);
@@ -470,10 +699,10 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
 #pragma unroll
             for (int j = 0; j < kDqRows / 8; ++j)
                 store_shared(to + j * 2048, dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
-            if (thread == 0) {
+            if (!kFinishes && thread == 0) {
                 const int row0 = s.visit[planned].row0, head = s.visit[planned].head;
                 const long long block = kHalves == 2 ? head * 2 + w : head;
-                s.job[w] = {a.dq + (block * a.rows_pad + row0 + (kHalves == 2 ? 0 : w * kDqRows)) * 64,
+                s.job[w] = {a.dq_sum + (block * a.rows_pad + row0 + (kHalves == 2 ? 0 : w * kDqRows)) * 64,
                             a.turn + (head * 2 + w) * a.num_blocks + row0 / kRows, s.visit[planned].order};
             }
             fence_async_shared();
@@ -484,20 +713,29 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         }
         const Item item = s.item;
         release(s.kv_free);
-        write_keys(a, item, key, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
-        write_keys(a, item, key, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
+        if (!kFinishes || item.num_keys > 0) {
+            write_keys(a, item, key, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
+            write_keys(a, item, key, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
+        }
+        if (kFinishes) next_item();
     }
     named_sync(kDqFree + w, 160);
-    if (thread == 0) s.job[w].to = nullptr;
+    if (thread == 0) {
+        s.no_more[w] = 1;
+        s.job[w].to = nullptr;
+    }
     named_arrive(kDqReady + w, 160);
 }
 
 extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_constant__ BackwardArgs a) {
     extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
     Smem& s = *reinterpret_cast<Smem*>(raw);
+    for (int i = threadIdx.x; kFinishes && i < kZeros; i += kThreads) s.zeros[i] = 0;
+    if (kFinishes) fence_async_shared();
+    if (threadIdx.x < kConsumers) s.no_more[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         barrier_init(s.item_planned, 1);
-        barrier_init(s.item_taken, 1);
+        barrier_init(s.item_taken, kFinishes ? 1 + 4 * kConsumers : 1);
         for (int i = 0; i < kPlanned; ++i) {
             barrier_init(s.visit_planned[i], 1);
             barrier_init(s.visit_taken[i], 1);
@@ -512,13 +750,14 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
         }
         barrier_init_fence();
     }
+    wait_for_earlier_kernels();
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_shrink<kProducerRegisters>();
         if (threadIdx.x == 0)
             load_visits(a, s);
         else if (threadIdx.x >= 32 && threadIdx.x < 32 * (1 + kConsumers))
-            store_dq(s, threadIdx.x / 32 - 1);
+            kFinishes ? store_and_count(a, s, threadIdx.x / 32 - 1) : store_dq(s, threadIdx.x / 32 - 1);
         else if (threadIdx.x == 96)
             plan_visits(a, s);
     } else {

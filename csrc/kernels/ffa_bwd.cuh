@@ -1,10 +1,15 @@
 // What does the backward hand to its kernels, and how is its workspace laid out? Host and device.
 //
 // Gradients of queries are summed in fp32 in a workspace of their own, in the order in which threads hold them in the
-// accumulators of dq^T: [heads][head_dim / 64][row / 4] blocks of 4 rows x 64 columns, [column / 16][column % 8]
+// accumulators of dq^T: [slot][head_dim / 64][row / 4] blocks of 4 rows x 64 columns, [column / 16][column % 8]
 // [row / 2 % 2][column / 8 % 2][row % 2] within a block, where odd blocks exchange columns % 4 of 0, 1 and 2, 3 (their
 // place in bytes is XORed with 64, so that a warp stores both at once). Rows go from 0 to rows_pad, and 8 of them are
 // contiguous in 64 columns: a tile that starts at any multiple of 8 is one bulk reduce.
+//
+// Where backward_finishes, sums become results (scaled, converted, added to what was there) block by block while the
+// main kernel runs: the n-th work item finishes a share of the rows that tile n - lag belongs to. By then all tiles of
+// that head are handed out, and the lag is long enough for them to have ended. At the end of the tile its sums are
+// zeroed, for the head ring_heads on. Elsewhere every head has a slot, and a kernel of its own finishes.
 #pragma once
 
 #include "args.cuh"
@@ -12,20 +17,24 @@
 namespace magi {
 
 constexpr int kBackwardKeys = 128, kBackwardStages = 2;
+constexpr int kFinishRows = 128;  // of dq, of one query head, finished at a time
 
 // Rows of a visit. More rows cost fewer bytes of shared memory each, as the keys are read once a visit, but more of
 // them are padding where walks are short: `tall` is for long ones. Registers bound it.
 constexpr int kMostRows = 128;
 MAGI_HD constexpr int backward_rows(int head_dim, bool tall) { return tall ? (head_dim == 64 ? 128 : 80) : 64; }
 
-// Rows of the workspace: a visit may start at any row and reach past the end.
+// Whether the main kernel finishes dq. Tall visits have no registers to spare, and ordered ones wait for each other.
+MAGI_HD constexpr bool backward_finishes(int rows, bool deterministic) { return rows == 64 && !deterministic; }
+
+// Rows of the workspace: a visit may start at any row and reach past the end, and the last kFinishRows are read whole.
 MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kMostRows) * kMostRows + kMostRows; }
 
 MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
     return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * rows)  // k, v; q, dout
            + 2 * 2 * kBackwardKeys * rows                               // ds, twice
            + 4 * rows * head_dim                                        // dq
-           + 2 * 4 * kBackwardStages * rows + 1024;                     // lse, delta; visits, barriers
+           + 2 * 4 * kBackwardStages * rows + 1792;                     // lse, delta; zeros, visits, barriers
 }
 
 struct BackwardArgs {
@@ -33,17 +42,24 @@ struct BackwardArgs {
     TileTable table;  // transposed: tiles of keys
     const Slice* slices;
     int num_slices;
-    int num_q, num_k, num_kv_heads, heads_per_kv, head_dim, v_dim;
+    int num_q, num_k, num_heads, num_kv_heads, heads_per_kv, head_dim, v_dim;
     int rows_pad;
     int section_heads;      // kv heads worked on together, so that their rows stay in L2
     int waves, wave_tiles;  // of a head's tiles: how often all blocks take one, and how many that is
     const float* lse_log2;  // [heads, rows_pad]: lse * log2(e), +inf where lse is -inf
     const float* delta;     // [heads, rows_pad]
-    float* dq;              // the workspace above
-    void *dk, *dv;
-    long long dk_row_stride, dk_head_stride, dv_row_stride, dv_head_stride;
+    float* dq_sum;          // the workspace above, zeroed
+    void *dq, *dk, *dv;
+    const void* dq_prev;  // [num_q, heads, head_dim] or null
+    long long dq_row_stride, dq_head_stride, dk_row_stride, dk_head_stride, dv_row_stride, dv_head_stride;
     int grad_is_float;
     float scale, scale_log2, softcap;
+    // Finishing dq, see above.
+    int row_blocks;  // of kFinishRows, of a query head
+    int lag;         // work items
+    int ring_heads;  // kv heads that have slots
+    int* added;      // [kv heads], zeroed: tiles added, counted by each consumer's storer
+    int* finished;   // [kv heads], zeroed: blocks read and zeroed, likewise
     // Deterministic variants: visits of a block of backward_rows rows take turns.
     int num_blocks;
     int* turn;         // [heads, 2, num_blocks], zeroed
@@ -51,16 +67,18 @@ struct BackwardArgs {
 };
 
 // ffa_bwd_rows.cu
-struct BackwardStatsArgs {
+constexpr int kPrepareRows = 64;  // of a block of threads
+struct BackwardPrepareArgs {
     const float *lse, *delta;  // [num_q, num_heads]
     float *lse_log2, *delta_out;
     int num_q, num_heads, rows_pad;
-};
-struct BackwardOrderArgs {
+    float* zeros;  // to be zeroed, a multiple of 4 words
+    long long num_zeros;
+    // Deterministic: the order of visits, from the table.
     TileTable table;
     const Slice* slices;
-    int num_slices, num_q, num_k, num_blocks, block_rows;
-    int* order;
+    int num_slices, num_k, num_blocks, block_rows;
+    int* order;  // as above, or null
 };
 struct BackwardFinishArgs {
     const float* dq;  // workspace

@@ -1,48 +1,93 @@
-// What surrounds the backward's main kernel: statistics by head before it, the order of visits where it is
-// deterministic, and dq from its workspace after it. All memory-bound.
+// What the backward's main kernel needs before it: statistics by head, zeros to add dq to and, where it is
+// deterministic, the order of visits. All memory-bound.
 #include "ffa_bwd.cuh"
 #include "ptx.cuh"
 
 namespace magi {
 
-// lse and delta from [rows, heads] to [heads, rows_pad]. Rows without keys get lse = +inf, so that every exp2(s - lse)
-// is 0, never NaN. One block of 32 x 8 threads a 32 x 32 tile.
-extern "C" __global__ __launch_bounds__(256) void backward_stats(const __grid_constant__ BackwardStatsArgs a) {
-    __shared__ float lse[32][33], delta[32][33];
-    const int x = threadIdx.x % 32, y = threadIdx.x / 32, row0 = blockIdx.x * 32, head0 = blockIdx.y * 32;
-    for (int i = y; i < 32; i += 8) {
+constexpr int kThreads = 256, kWarps = kThreads / 32, kZeros = 1024;
+
+struct Smem {
+    float lse[32][33], delta[32][33];
+    int warp_sum[kWarps];
+    alignas(16) float zeros[kZeros];
+};
+
+// 32 rows of 32 heads of lse and delta from [rows, heads] to [heads, rows_pad]. Rows without keys get lse = +inf, so
+// that every exp2(s - lse) is 0, never NaN.
+__device__ void transpose_stats(const BackwardPrepareArgs& a, Smem& s, int row0, int head0) {
+    const int x = threadIdx.x % 32, y = threadIdx.x / 32;
+    for (int i = y; i < 32; i += kWarps) {
         const int row = row0 + i, head = head0 + x;
         const bool valid = row < a.num_q && head < a.num_heads;
         const long long at = static_cast<long long>(row) * a.num_heads + head;
         const float l = valid ? a.lse[at] : -infinity();
-        lse[i][x] = l == -infinity() ? infinity() : l * kLog2e;
-        delta[i][x] = valid && l != -infinity() ? a.delta[at] : 0.f;
+        s.lse[i][x] = l == -infinity() ? infinity() : l * kLog2e;
+        s.delta[i][x] = valid && l != -infinity() ? a.delta[at] : 0.f;
     }
     __syncthreads();
-    for (int i = y; i < 32; i += 8) {
-        const int head = head0 + i, row = row0 + x;
-        if (head >= a.num_heads || row >= a.rows_pad) continue;
-        a.lse_log2[static_cast<long long>(head) * a.rows_pad + row] = lse[x][i];
-        a.delta_out[static_cast<long long>(head) * a.rows_pad + row] = delta[x][i];
+    for (int i = y; i < 32 && head0 + i < a.num_heads; i += kWarps) {
+        const long long at = static_cast<long long>(head0 + i) * a.rows_pad + row0 + x;
+        a.lse_log2[at] = s.lse[x][i];
+        a.delta_out[at] = s.delta[x][i];
+    }
+    __syncthreads();
+}
+
+// Visits of each block of rows by all key tiles before each tile, in ascending key order. One block of rows.
+__device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_blocks = a.num_blocks;
+    int before = 0;
+    for (int first = 0; first < a.table.num_tiles; first += kThreads) {
+        const int t = first + threadIdx.x;
+        int own = 0;
+        if (t < a.table.num_tiles) {
+            const Tile tile = a.table.unsorted[t];
+            const int key1 = min(tile.row0 + kBackwardKeys, a.num_k);
+            for (int e = 0; e < tile.num_slices; ++e) {
+                const Slice x = tile.first >= 0 ? a.table.pool[tile.first + e].slice
+                                                : table_slice(a.slices[e], a.num_q, a.num_k, true);
+                const Range rows = tile_columns(x, tile.row0, key1);
+                own += rows.begin < rows.end && rows.begin / a.block_rows <= block &&
+                       block <= (rows.end - 1) / a.block_rows;
+            }
+        }
+        int sum = own;
+        for (int step = 1; step < 32; step *= 2) {
+            const int below = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += below;
+        }
+        if (lane == 31) s.warp_sum[warp] = sum;
+        __syncthreads();
+        int all = 0;
+        for (int w = 0; w < kWarps; ++w) {
+            if (w < warp) sum += s.warp_sum[w];
+            all += s.warp_sum[w];
+        }
+        if (t < a.table.num_tiles) a.order[static_cast<long long>(t) * num_blocks + block] = before + sum - own;
+        before += all;
+        __syncthreads();
     }
 }
 
-// Visits of each block of rows by all key tiles before each tile, in ascending key order. One thread a block of rows.
-extern "C" __global__ __launch_bounds__(64) void backward_order(const __grid_constant__ BackwardOrderArgs a) {
-    const int block = blockIdx.x * 64 + threadIdx.x;
-    int visits = 0;
-    for (int t = 0; t < a.table.num_tiles; ++t) {
-        const Tile tile = a.table.unsorted[t];
-        if (block < a.num_blocks) a.order[static_cast<long long>(t) * a.num_blocks + block] = visits;
-        const int key1 = min(tile.row0 + kBackwardKeys, a.num_k);
-        for (int e = 0; e < tile.num_slices; ++e) {
-            const Slice s =
-                tile.first >= 0 ? a.table.pool[tile.first + e].slice : table_slice(a.slices[e], a.num_q, a.num_k, true);
-            const Range rows = tile_columns(s, tile.row0, key1);
-            visits +=
-                rows.begin < rows.end && rows.begin / a.block_rows <= block && block <= (rows.end - 1) / a.block_rows;
+// One block of threads for kPrepareRows rows of 32 heads.
+extern "C" __global__ __launch_bounds__(kThreads) void backward_prepare(const __grid_constant__ BackwardPrepareArgs a) {
+    __shared__ Smem s;
+    let_later_kernels_start();
+    const long long blocks = static_cast<long long>(gridDim.x) * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
+    for (int i = threadIdx.x; i < kZeros; i += kThreads) s.zeros[i] = 0;
+    fence_async_shared();
+    wait_for_earlier_kernels();
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        for (long long i = block * 32 + threadIdx.x; i * kZeros < a.num_zeros; i += blocks * 32) {
+            const long long left = a.num_zeros - i * kZeros;
+            bulk_store(a.zeros + i * kZeros, s.zeros, static_cast<u32>(left < kZeros ? left : kZeros) * sizeof(float));
         }
     }
+    for (int i = 0; i < kPrepareRows; i += 32) transpose_stats(a, s, blockIdx.x * kPrepareRows + i, blockIdx.y * 32);
+    if (a.order && blockIdx.y == 0 && blockIdx.x < a.num_blocks) order_visits(a, s, blockIdx.x);
+    if (threadIdx.x < 32) bulk_wait();
 }
 
 // dq = scale * workspace (+ dq_prev). A thread takes 16 columns of two rows.
@@ -93,7 +138,7 @@ __device__ void finish(const BackwardFinishArgs& a) {
     }
 }
 
-extern "C" __global__ __launch_bounds__(256) void backward_finish(const __grid_constant__ BackwardFinishArgs a) {
+extern "C" __global__ __launch_bounds__(kThreads) void backward_finish(const __grid_constant__ BackwardFinishArgs a) {
     if (a.is_float)
         finish<float>(a);
     else if (a.type == kElementBF16)

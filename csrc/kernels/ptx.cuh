@@ -83,6 +83,9 @@ __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_g
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Ordinary accesses to any memory before it, bulk copies after it.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // threadIdx.x, read where it is needed and not kept in a register.
 __device__ __forceinline__ u32 thread_index() {
     u32 i;
@@ -138,17 +141,23 @@ __device__ __forceinline__ int turn_read(const int* turn) {
 __device__ __forceinline__ void turn_pass(int* turn) {
     asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
-// Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3.
+// The same for several counters: what came before the fence is seen by who reads a count that came after it.
+__device__ __forceinline__ void turns_fence() { asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void turn_count(int* turn) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+// Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3. A quad's lanes are Apart apart.
+template <int Apart = 1>
 __device__ __forceinline__ void transpose_quad(u32 (&x)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
+    const bool odd = lane & Apart, high = lane & 2 * Apart;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        const u32 got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        const u32 got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], Apart);
         (odd ? x[i] : x[i + 1]) = got;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const u32 got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
+        const u32 got = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2 * Apart);
         (high ? x[i] : x[i + 2]) = got;
     }
 }

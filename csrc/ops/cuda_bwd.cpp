@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, 
     BackwardCall call = check_backward(mappable(dout), mappable(q), mappable(k), mappable(v), lse, delta, slices,
                                        dq_prev, softmax_scale, softcap, deterministic, sm_margin, grad_dtype);
     cuda::check_support(call.params.dtype, call.params.shape, cuda::kMaxBackwardDim);
-    const Tensor workspace = scratch(q, cuda::backward_workspace(call.params));
+    const Tensor workspace = scratch(q, cuda::backward_workspace(call.params, device));
     cuda::ffa_backward(call.params, workspace.data_ptr(), device);
     return {call.dq, call.dk, call.dv};
 }
