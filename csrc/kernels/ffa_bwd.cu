@@ -65,7 +65,8 @@ struct Plan {                                      // the planner's notes: it ha
     int block0, block1, slots, complete, cleared;  // slots: from a head to its slot; heads known to be added, finished
     int tile_key0, tile_key1, first, num_slices;   // of the tile
     int slice, row0, row1, key0, key1, lo, hi;     // of one of its slices
-    int down;                                      // the tile's walk goes from the last row to the first
+    int visit_row, down;                           // the tile's walk goes from the last row to the first
+    const int* orders;                             // of the tile's visits, by block of rows
 };
 struct DqJob {  // a consumer's share of dq, for its storer
     float* to;  // null: no more
@@ -141,7 +142,7 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
     visit.lo = lo;
     visit.hi = hi;
     visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
-    if (DETERMINISTIC) visit.order = a.order[static_cast<long long>(plan.index) * a.num_blocks + row0 / kRows];
+    if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
@@ -181,7 +182,10 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             // Tiles that begin together come down from the last row. Under a causal mask they end one after the
             // other, each at its first row; the next ones go up from there and meet those that began before them,
             // so that all blocks visit the same rows at the same time, while these are in L2. Waves of tiles, or
-            // heads where all tiles are one wave, therefore take turns. Ordered visits all go down.
+            // heads where all tiles are one wave, therefore take turns. Ordered visits all go down, from the last slice
+            // to the first: where slices come by ascending rows, as masks make them, tiles of a document then come to
+            // a block of rows in the order of their keys. (Any walk is right, and waits only for tiles before; but from
+            // the first slice on, each tile of a block-causal document waits for the whole walk of the one before.)
             {
                 int wave = plan.kv_head * a.waves;
                 for (int i = plan.index; i >= a.wave_tiles; i -= a.wave_tiles) ++wave;
@@ -226,37 +230,31 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
             continue;
         }
-        const int first_head = plan.kv_head * a.heads_per_kv;
-        // In ordered visits one head follows the other. Otherwise a block of rows is visited for all heads of the group
-        // while its rows are in L2, where other tiles visit it too.
-        plan.head = first_head;
-        for (int left = DETERMINISTIC ? a.heads_per_kv : 1; left > 0; --left) {
-            for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
-                {
-                    const Slice x = slice_at(a, plan.first, plan.slice);  // transposed: its rows are keys
-                    const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
-                    if (rows.begin >= rows.end) continue;
-                    plan.row0 = rows.begin;
-                    plan.row1 = rows.end;
-                    plan.key0 = max(x.q0 - plan.tile_key0, 0);
-                    plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
-                    plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
-                    plan.hi = x.hi + plan.tile_key0;
-                }
-                const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
-                for (int block = 0; block <= last; ++block) {
-                    const int row0 = from + (plan.down ? last - block : block) * kRows;
-                    if (DETERMINISTIC) {
-                        plan_visit(a, s, n++, row0);
-                    } else {
-                        for (int h = 0; h < a.heads_per_kv; ++h) {
-                            plan.head = first_head + h;
-                            plan_visit(a, s, n++, row0);
-                        }
-                    }
+        if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
+        // A block of rows is visited for all heads of the group while its rows are in L2, where other tiles visit it
+        // too, and while ordered visits wait for one head, other heads' add up.
+        for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
+            {
+                const int i = plan.down ? plan.num_slices - 1 - plan.slice : plan.slice;
+                const Slice x = slice_at(a, plan.first, i);  // transposed: its rows are keys
+                const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
+                if (rows.begin >= rows.end) continue;
+                plan.row0 = rows.begin;
+                plan.row1 = rows.end;
+                plan.key0 = max(x.q0 - plan.tile_key0, 0);
+                plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
+                plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
+                plan.hi = x.hi + plan.tile_key0;
+            }
+            const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
+            for (int block = 0; block <= last; ++block) {
+                plan.visit_row = from + (plan.down ? last - block : block) * kRows;
+#pragma unroll 1
+                for (int h = 0; h < a.heads_per_kv; ++h) {
+                    plan.head = plan.kv_head * a.heads_per_kv + h;
+                    plan_visit(a, s, n++, plan.visit_row);
                 }
             }
-            if (DETERMINISTIC) plan.head = plan.head + 1;
         }
     }
 }
