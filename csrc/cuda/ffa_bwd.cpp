@@ -42,10 +42,13 @@ Schedule schedule(const BackwardParams& p, int device) {
     // Heads whose q, dout and dq rows fit half of the L2 cache together run side by side.
     constexpr int64_t kCacheBytes = 28 << 20;
     const int64_t head_bytes = std::max<int64_t>(1, 8LL * s.num_q * group * padded_dim(s));
-    // Ordered visits of one head follow each other closely, in time and in rows: more heads at once wait less.
-    constexpr int kOrderedHeads = 16;
+    // Ordered visits wait least with many heads side by side, but tiles of one head then drift apart, and their rows
+    // leave L2. How much work is side by side, in tiles of query heads: walks of one long slice drift furthest.
     const int64_t heads = std::max(1, s.num_kv_heads);
-    x.section_heads = (int)std::clamp<int64_t>(p.deterministic ? kOrderedHeads : kCacheBytes / head_bytes, 1, heads);
+    constexpr int64_t kOrderedHeads = 16;
+    const int64_t ordered_work = p.num_slices == 1 ? 512 : 4096, head_work = std::max<int64_t>(1, x.num_tiles * group);
+    const int64_t ordered_heads = std::min(kOrderedHeads, (ordered_work + head_work - 1) / head_work);
+    x.section_heads = (int)std::clamp<int64_t>(p.deterministic ? ordered_heads : kCacheBytes / head_bytes, 1, heads);
     // Tiles of one head that run side by side: see plan_visits.
     x.waves = x.section_heads > 1 ? 1 : std::max(1, (x.num_tiles + sms / 2) / sms);
     x.wave_tiles = x.waves > 1 ? sms : x.num_tiles;
