@@ -52,11 +52,9 @@ Schedule schedule(const BackwardParams& p, int device) {
     // Tiles of one head that run side by side: see plan_visits.
     x.waves = x.section_heads > 1 ? 1 : std::max(1, (x.num_tiles + sms / 2) / sms);
     x.wave_tiles = x.waves > 1 ? sms : x.num_tiles;
-    // Under a causal mask the heaviest tile takes as long as two others: a section and two rounds later all have ended.
-    const int64_t section = std::max<int64_t>(1, (int64_t)x.section_heads * x.num_tiles), ended = 2LL * x.blocks;
-    const int64_t lag = section + ended, sections = 1 + (lag + ended + section - 1) / section;
-    x.lag = (int)std::min<int64_t>(lag, 1 << 30);
-    x.ring_heads = (int)(x.finishes ? std::min<int64_t>(sections * x.section_heads, heads) : heads);
+    const FinishRing ring = finish_ring(x.num_tiles, x.section_heads, (int)heads, x.blocks);
+    x.lag = ring.lag;
+    x.ring_heads = x.finishes ? ring.heads : (int)heads;
     return x;
 }
 

@@ -105,12 +105,8 @@ __device__ __forceinline__ int first_row(int row) { return row - static_cast<u32
 
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
-// Blocks of dq rows that are finished before tile n - lag would be: a head's blocks are spread over its tiles.
 __device__ __forceinline__ int blocks_before(const BackwardArgs& a, int n) {
-    n -= a.lag;
-    if (n <= 0) return 0;
-    const int tiles = a.table.num_tiles, blocks = a.row_blocks * a.heads_per_kv, head = n / tiles;
-    return head * blocks + static_cast<int>(static_cast<long long>(n - head * tiles) * blocks / tiles);
+    return blocks_before(n, a.lag, a.table.num_tiles, a.row_blocks * a.heads_per_kv);
 }
 
 // Waits until the first `heads` heads' counts are `all`; `known` remembers.
@@ -173,11 +169,9 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         bool empty = false;
         if (plan.next < num_tiles) {
             {
-                const int work = plan.next, first_head = work / (a.table.num_tiles * a.section_heads) * a.section_heads;
-                const int heads = min(a.section_heads, a.num_kv_heads - first_head);
-                const int at = work - first_head * a.table.num_tiles;
-                plan.index = at / heads;
-                plan.kv_head = first_head + at % heads;
+                const WorkItem work = work_item(plan.next, a.table.num_tiles, a.section_heads, a.num_kv_heads);
+                plan.index = work.tile;
+                plan.kv_head = work.kv_head;
             }
             // Tiles that begin together come down from the last row. Under a causal mask they end one after the
             // other, each at its first row; the next ones go up from there and meet those that began before them,

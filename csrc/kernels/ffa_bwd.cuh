@@ -30,6 +30,45 @@ MAGI_HD constexpr bool backward_finishes(int rows, bool deterministic) { return 
 // Rows of the workspace: a visit may start at any row and reach past the end, and the last kFinishRows are read whole.
 MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kMostRows) * kMostRows + kMostRows; }
 
+// Work is handed out by sections of heads, in a section by ascending tiles, of a tile head by head.
+struct WorkItem {
+    int tile, kv_head;
+};
+MAGI_HD constexpr WorkItem work_item(int n, int num_tiles, int section_heads, int num_kv_heads) {
+    const int first_head = n / (num_tiles * section_heads) * section_heads;
+    const int heads = min_of(section_heads, num_kv_heads - first_head), at = n - first_head * num_tiles;
+    return {at / heads, first_head + at % heads};
+}
+
+// Blocks of dq rows that are finished before work item n: those of the heads before tile n - lag, and a share of its
+// own head's, as the head's blocks are spread over its tiles. All tiles of these heads are handed out before n.
+MAGI_HD constexpr int blocks_before(int n, int lag, int num_tiles, int head_blocks) {
+    n -= lag;
+    if (n <= 0) return 0;
+    const int head = n / num_tiles;
+    return head * head_blocks +
+           static_cast<int>(static_cast<long long>(n - head * num_tiles) * head_blocks / num_tiles);
+}
+
+// How far behind dq is finished, and for how many heads it has sums meanwhile: a head's tiles find their slot finished
+// by work handed out before them. Under a causal mask the heaviest tile takes as long as two others: a section and two
+// rounds of all thread blocks later all have ended.
+struct FinishRing {
+    int lag, heads;
+};
+MAGI_HD constexpr FinishRing finish_ring(int num_tiles, int section_heads, int num_kv_heads, int thread_blocks) {
+    const long long tiles = static_cast<long long>(section_heads) * num_tiles, section = tiles > 0 ? tiles : 1;
+    const long long ended = 2LL * thread_blocks, lag = section + ended;
+    const long long heads = (1 + (lag + ended + section - 1) / section) * section_heads;
+    return {lag < 1 << 30 ? static_cast<int>(lag) : 1 << 30,
+            heads < num_kv_heads ? static_cast<int>(heads) : num_kv_heads};
+}
+
+// Whether a slice's rows of a tile touch a block of rows, one visit of it then.
+MAGI_HD constexpr bool visits_block(Range rows, int block, int block_rows) {
+    return rows.begin < rows.end && rows.begin / block_rows <= block && block <= (rows.end - 1) / block_rows;
+}
+
 MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
     return 2 * head_dim * 2 * (kBackwardKeys + kBackwardStages * rows)  // k, v; q, dout
            + 2 * 2 * kBackwardKeys * rows                               // ds, twice

@@ -47,9 +47,7 @@ __device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block) {
             for (int e = 0; e < tile.num_slices; ++e) {
                 const Slice x = tile.first >= 0 ? a.table.pool[tile.first + e].slice
                                                 : table_slice(a.slices[e], a.num_q, a.num_k, true);
-                const Range rows = tile_columns(x, tile.row0, key1);
-                own += rows.begin < rows.end && rows.begin / a.block_rows <= block &&
-                       block <= (rows.end - 1) / a.block_rows;
+                own += visits_block(tile_columns(x, tile.row0, key1), block, a.block_rows);
             }
         }
         int sum = own;
