@@ -151,6 +151,21 @@ def test_many_heads(heads, kv_heads, deterministic):
         check(rng, q, k, v, slices, deterministic=deterministic)
 
 
+def test_keys_that_nobody_sees_may_hold_anything():
+    """Their gradients are zeros, also where their tiles' work is to finish rows of earlier heads."""
+    rng = torch.Generator().manual_seed(11)
+    q, k, v = tensors(rng, 1000, 1100, 150, 150, 128, torch.bfloat16)
+    k[768:] = v[768:] = float("nan")
+    slices = torch.tensor([[0, 1000, 0, 768, -NONE, NONE]], dtype=torch.int32)
+    dout, dlse = torch.randn(q.shape, generator=rng).to("cuda", q.dtype), torch.zeros(q.shape[:2], device="cuda")
+    grads = backward(q, k, v, dout, dlse, slices)
+    same = backward(q, k[:768].contiguous(), v[:768].contiguous(), dout, dlse, slices, deterministic=True)
+    for name, actual, want in zip(("dq", "dk", "dv"), grads, same):
+        seen = actual if name == "dq" else actual[:768]
+        assert (seen.double() - want.double()).norm() < 1e-2 * want.double().norm()
+        assert name == "dq" or not actual[768:].any()
+
+
 def test_one_row_and_one_key():
     rng = torch.Generator().manual_seed(7)
     slices = torch.tensor(

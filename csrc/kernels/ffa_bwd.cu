@@ -50,6 +50,7 @@ constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
 struct Item {                                 // a tile of keys of one kv head, or no keys
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
     int block0, block1;                       // of dq rows, to be finished before
+    int load0;                                // where keys are loaded
 };
 struct TileEnd {  // what counts once it is added
     int kv_head, block0, block1, spare;
@@ -203,7 +204,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
             }
             visits *= a.heads_per_kv;
-            // Nobody sees these keys. If rows were finished before, they count after an empty visit.
+            // Nobody sees these keys. If rows were finished before, they count after an empty visit (of zeros: no NaN).
             if (kFinishes && visits == 0) {
                 empty = plan.block0 < plan.block1;
                 visits = empty;
@@ -213,8 +214,13 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan.left = visits;
         }
         barrier_wait(s.item_taken, parity);
-        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits,
-                          plan.block0,    done ? plan.block0 : plan.block1};
+        s.planned_item = {plan.tile_key0,
+                          plan.tile_key1 - plan.tile_key0,
+                          plan.kv_head,
+                          visits,
+                          plan.block0,
+                          done ? plan.block0 : plan.block1,
+                          empty ? a.num_k : plan.tile_key0};
         barrier_arrive(s.item_planned);
         if (done) break;
         if (visits == 0) continue;
@@ -264,8 +270,8 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
         s.item = s.planned_item;
         barrier_arrive_expect(s.kv_full, left > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
         for (int h = 0; h < kHalves && left > 0; ++h) {
-            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.key0);
-            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.key0);
+            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.load0);
+            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.load0);
         }
         barrier_arrive(s.item_taken);
         if (left < 0) break;
