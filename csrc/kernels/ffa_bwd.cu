@@ -47,10 +47,10 @@ enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two 
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
 
-struct Item {                                 // a tile of keys of one kv head, or no keys
+struct alignas(16) Item {                     // a tile of keys of one kv head, or no keys
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
     int block0, block1;                       // of dq rows, to be finished before
-    int load0;                                // where keys are loaded
+    int load0, spare;                         // where keys are loaded
 };
 struct TileEnd {  // what counts once it is added
     int kv_head, block0, block1, spare;
@@ -214,13 +214,9 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan.left = visits;
         }
         barrier_wait(s.item_taken, parity);
-        s.planned_item = {plan.tile_key0,
-                          plan.tile_key1 - plan.tile_key0,
-                          plan.kv_head,
-                          visits,
-                          plan.block0,
-                          done ? plan.block0 : plan.block1,
-                          empty ? a.num_k : plan.tile_key0};
+        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0,  plan.kv_head,  visits,
+                          plan.block0,    done ? plan.block0 : plan.block1, plan.tile_key0};
+        if (kFinishes && empty) s.planned_item.load0 = a.num_k;
         barrier_arrive(s.item_planned);
         if (done) break;
         if (visits == 0) continue;
@@ -270,8 +266,10 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
         s.item = s.planned_item;
         barrier_arrive_expect(s.kv_full, left > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
         for (int h = 0; h < kHalves && left > 0; ++h) {
-            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.load0);
-            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head, s.planned_item.load0);
+            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head,
+                     kFinishes ? s.planned_item.load0 : s.planned_item.key0);
+            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head,
+                     kFinishes ? s.planned_item.load0 : s.planned_item.key0);
         }
         barrier_arrive(s.item_taken);
         if (left < 0) break;
