@@ -4,12 +4,16 @@
     python benchmarks/ffa.py --direction fwd --lengths 8192 16384 --masks full doc32 --heads 32:8 --peers fa3
     python benchmarks/report.py out                                                  # charts and tables from the JSON
 
-A case's calls take turns, timed by device events, and medians count: clocks that fall with the chip's temperature fall
-for all. FA2 and FlexAttention draw less power and let the clock recover, so they take turns with `ffa` on their own.
+A case's calls take turns, in another order every round, and medians count: clocks that fall with the chip's temperature
+fall for all. Several calls are queued between two events, behind a sleep that outlasts the host's part of them, so that
+the device's time counts alone; short inputs come in several sets, so that none is found in L2. FA2 and FlexAttention
+draw less power and let the clock recover, so they take turns with `ffa` on their own.
 TFLOP/s are of allowed cells: forward 2 * area * heads * (head_dim + v_dim), backward 2.5 times that. A peer that cannot
 run a case is left out of its row, and the row says why. `ordered` is our own backward with deterministic=True. Memory
 is the peak of our call beyond its inputs, outputs included. Short inputs are timed from the host, too: from the call
 until the device is done ("waited"), and until the call returns ("host").
+
+--seconds is shared out: a case gets what is left over the number of cases left, and those of the bars come first.
 
 fa3 is the wheel `fa3-fwd`, built without windows and without a backward: `FA3_ELSEWHERE` stands in for them, measured
 in another run.
@@ -21,13 +25,15 @@ import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -41,9 +47,12 @@ from magi_attention import Mask
 Call = Callable[[], object]
 PEERS = ("fa3", "cudnn", "fa2", "flex")
 COOL = ("fa2", "flex")  # peers that draw clearly less power than we do
-FLEX_SECONDS = 90  # compiling FlexAttention stops here
+FLEX_SECONDS = 90  # compiling FlexAttention stops here, or after a third of --seconds
 TILE_TABLE_SHARE = 0.02
 HOST_US = 25
+SLEEP_HZ = 2e9  # cycles of torch.cuda._sleep a second, at the highest clock
+L2_BYTES = 50 << 20
+CALLS_A_CASE = 8  # about: a case's share of the time holds the budget of so many calls, first calls included
 LONGEST = 4 * VIDEO_CHUNK  # tokens of the bars; longer cases are for the record
 
 # TFLOP/s of FlashAttention 3 built from source, on the same kind of machine, bf16, head_dim 128, where the wheel does
@@ -125,28 +134,44 @@ def mask_of(name: str, total: int) -> Mask:
 # ---------------------------------------------------------------- clocks
 
 
-def medians(calls: dict[str, Call], budget_ms: float) -> dict[str, float]:
-    """Milliseconds of each call; the calls take turns, every second round in reverse."""
+def medians(calls: dict[str, Call], budget_ms: float, most: int = 20) -> dict[str, float]:
+    """Milliseconds of each call on the device, up to `most` at a time; the calls take turns, shuffled every round."""
 
-    def timed(call: Call, repeats: int) -> list[float]:
+    def host_seconds(call: Call, repeats: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - begin
+
+    def timed(call: Call, repeats: int, host: float) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(1.3 * host * SLEEP_HZ))
         if repeats > 1:
             call()  # the caches are this call's own
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for begin, end in events:
-            begin.record()
+        begin.record()
+        for _ in range(repeats):
             call()
-            end.record()
+        end.record()
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in events]
+        return begin.elapsed_time(end) / repeats
 
-    once = max(0.02, *(min(timed(call, 1) for _ in range(2))[0] for call in calls.values()))
-    repeats = max(1, min(20, int(8 / once)))
-    rounds = max(3, min(9, int(budget_ms / (once * repeats))))
+    once = max(0.01, *(min(timed(call, 1, host_seconds(call, 2)) for _ in range(2)) for call in calls.values()))
+    repeats = max(1, min(most, int(2 / once)))
+    host = {name: host_seconds(call, repeats + 1) for name, call in calls.items()}
+    torch.cuda.synchronize()
+    rounds = max(3, min(15, int(budget_ms / (once * repeats))))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        for name, call in list(calls.items())[:: -1 if i % 2 else 1]:
-            times[name] += timed(call, repeats)
+    shuffled = random.Random(0)
+    for _ in range(rounds):
+        for name in shuffled.sample(list(calls), len(calls)):
+            times[name].append(timed(calls[name], repeats, host[name]))
     return {name: median(t) for name, t in times.items()}
+
+
+def in_turns(calls: Iterable[Call]) -> Call:
+    """A call that is each of them, one after the other."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def host_times(calls: dict[str, Call], rounds: int = 30) -> dict[str, dict[str, float]]:
@@ -296,14 +321,19 @@ def peer_calls(case: Case, mask: Mask, q, k, v, grad: bool) -> dict[str, Callabl
     return calls
 
 
-def compile_flex_ahead(cases: Iterable[Case], direction: str) -> None:
-    """Fills Inductor's caches for all cases in processes side by side: one after the other takes minutes."""
+def compile_flex_ahead(cases: list[Case], direction: str, seconds: float) -> list[Case]:
+    """Fills Inductor's caches for all cases in processes side by side: one after the other takes minutes. Returns the
+    cases, without FlexAttention where it took too long."""
+
+    def code(case: Case) -> tuple[str, int]:
+        return "doc8" if case.mask in DOCUMENTS else case.mask, case.total
+
     begin, running = time.perf_counter(), {}
     for case in cases:
-        kind = "doc8" if case.mask in DOCUMENTS else case.mask  # the same code
-        if "flex" in case.peers and (kind, case.total) not in running:
-            running[kind, case.total] = subprocess.Popen(
-                [sys.executable, __file__, "--direction", direction, "--masks", kind, "--lengths", str(case.total)]
+        kind, total = code(case)
+        if "flex" in case.peers and (kind, total) not in running:
+            running[kind, total] = subprocess.Popen(
+                [sys.executable, __file__, "--direction", direction, "--masks", kind, "--lengths", str(total)]
                 + ["--heads", case.heads, "--peers", "flex", "--compile-only"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -311,7 +341,7 @@ def compile_flex_ahead(cases: Iterable[Case], direction: str) -> None:
     late = []
     for what, process in running.items():
         try:
-            process.wait(max(0.1, FLEX_SECONDS - (time.perf_counter() - begin)))
+            process.wait(max(0.1, seconds - (time.perf_counter() - begin)))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -320,6 +350,11 @@ def compile_flex_ahead(cases: Iterable[Case], direction: str) -> None:
         print(
             f"FlexAttention: {len(running)} compiles, {time.perf_counter() - begin:.0f} s; too late: {late or 'none'}"
         )
+    return [without_flex(case) if code(case) in late else case for case in cases]
+
+
+def without_flex(case: Case) -> Case:
+    return replace(case, peers=tuple(peer for peer in case.peers if peer != "flex"))
 
 
 # ---------------------------------------------------------------- a case
@@ -330,31 +365,36 @@ def measure(case: Case, direction: str, budget_ms: float, compile_only: bool = F
     dim, v_dim = (int(d) for d in (case.dims.split(":") * 2)[:2])
     mask, total, grad = mask_of(case.mask, case.total), case.total, direction != "fwd"
     torch.manual_seed(0)
-    q = torch.randn(total, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
-    k, v = (
-        torch.randn(total, kv_heads, d, device="cuda", dtype=torch.bfloat16, requires_grad=grad) for d in (dim, v_dim)
-    )
+    shapes = [(total, heads, dim), (total, kv_heads, dim), (total, kv_heads, v_dim)]
+    set_bytes = 2 * total * (heads * (dim + v_dim) + kv_heads * (dim + v_dim))  # q and out, k and v
+    sets = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=grad) for shape in shapes]
+        for _ in range(-(-2 * L2_BYTES // set_bytes))
+    ]
+    q, k, v = sets[0]
     slices = mask.slices.cuda()
-    forwards: dict[str, Callable[[], torch.Tensor]] = {
-        "ffa": lambda: torch.ops.magi.ffa.slices(q, k, v, slices)[0],
-        **peer_calls(case, mask, q, k, v, grad),
-    }
-    if grad:
-        forwards["ordered"] = lambda: torch.ops.magi.ffa.slices(q, k, v, slices, deterministic=True)[0]
 
-    def gradients_of(forward: Callable[[], torch.Tensor]) -> Call:
+    def forwards_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+        own = {"ffa": lambda: torch.ops.magi.ffa.slices(q, k, v, slices)[0]}
+        if grad:
+            own["ordered"] = lambda: torch.ops.magi.ffa.slices(q, k, v, slices, deterministic=True)[0]
+        return own | peer_calls(case, mask, q, k, v, grad)
+
+    def gradients_of(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Call:
         out = forward()
         dout = torch.randn_like(out)
         if direction == "both":
-            return lambda: torch.autograd.grad(forward(), (q, k, v), dout)
-        return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+            return lambda: torch.autograd.grad(forward(), inputs, dout)
+        return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
+    forwards = [forwards_of(*inputs) for inputs in sets]
     calls: dict[str, Call] = {}
     left_out: dict[str, str] = {}
-    for name, forward in forwards.items():
+    for name in forwards[0]:
         try:
             with limit(FLEX_SECONDS, f"the first call of {name}"):
-                call = gradients_of(forward) if grad else forward
+                each = [f[name] for f in forwards]
+                call = in_turns([gradients_of(f, x) for f, x in zip(each, sets)] if grad else each)
                 call()
                 torch.cuda.synchronize()
                 calls[name] = call
@@ -522,8 +562,8 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", help="a workload, docN, rdocN or block_causal_N")
     parser.add_argument("--peers", nargs="*", default=["fa3", "cudnn"], choices=PEERS, help="of a grid")
     parser.add_argument("--no-flex", action="store_true", help="the suite without FlexAttention")
-    parser.add_argument("--budget-ms", type=float, default=100, help="of device time for each call of a case")
-    parser.add_argument("--seconds", type=float, default=540, help="no case starts after this")
+    parser.add_argument("--budget-ms", type=float, default=100, help="of device time for each call of a case, at most")
+    parser.add_argument("--seconds", type=float, default=540, help="for all cases; none starts after this")
     parser.add_argument("--json", type=Path, help="written after every case")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -534,8 +574,8 @@ def main() -> None:
             measure(case, args.direction, 0, compile_only=True)
         return
     if args.no_flex:
-        cases = [Case(c.mask, c.total, c.heads, c.dims, tuple(p for p in c.peers if p != "flex")) for c in cases]
-    compile_flex_ahead(cases, args.direction)
+        cases = [without_flex(case) for case in cases]
+    cases = compile_flex_ahead(cases, args.direction, min(FLEX_SECONDS, args.seconds / 3))
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -550,12 +590,13 @@ def main() -> None:
     )
     for i, case in enumerate(cases):
         seconds = time.perf_counter() - begin
+        share_ms = 1e3 * (args.seconds - seconds) / (len(cases) - i)
         progress = f"[{i + 1:2}/{len(cases)} {seconds:4.0f} s]"
         if seconds > args.seconds:
             failed[str(case)] = f"not started: {args.seconds:.0f} s were over"
         else:
             try:
-                rows.append(measure(case, args.direction, args.budget_ms))
+                rows.append(measure(case, args.direction, min(args.budget_ms, share_ms / CALLS_A_CASE)))
                 print(progress, line(rows[-1]), flush=True)
                 for peer, why in rows[-1]["left_out"].items():
                     print(f"    without {peer}: {why}")

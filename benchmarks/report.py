@@ -106,7 +106,7 @@ def notes_section(result: dict) -> str:
 
 def rows_section(result: dict) -> str:
     lines = [
-        [r["case"], f"{r['ms']['verb'] * 1e3:.0f} us" if "ms" in r else f"{r['us']:.1f} us"]
+        [r["case"], f"{r['ms']['verb'] * 1e3:.1f} us" if "ms" in r else f"{r['us']:.1f} us"]
         + [f"{r['share']:.2f}" if "share" in r else "-"]
         for r in result["rows"]
     ]

@@ -2,8 +2,11 @@
 
     python benchmarks/rows.py [--json out/rows.json]
 
-Rows are 8 heads of 128 in bf16 (2 KiB). Large: the verb's bytes read and written, at the bandwidth of a copy that reads
-and writes as many. Tiny: 16 rows, calls replayed from a CUDA graph.
+Rows are 8 heads of 128 (2 KiB in bf16). A gather reads and writes its output's bytes, a scatter-reduce reads its input
+and writes its output, a merge reads two partials and writes one, delta reads two tensors. Calls are replayed from CUDA
+graphs, over sets of inputs that take turns and outputs that are kept, so that nothing is found in L2; graphs of verb
+and copy take turns, shuffled (`medians` in ffa.py). Sources are padded: a copy between two addresses that are a power
+of two apart is slower by a third. Tiny: 16 and 32 rows.
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ import magi_attention  # noqa: F401
 ops = torch.ops.magi
 SHARE = 0.9
 TINY_US = 10
+MIB = 2**20
+SETS = 4
+COUNTS = (8, 4096)  # of ranges
+
+Verb = tuple[int, list[Callable[[], object]]]  # bytes read and written, a call for each set of inputs
 
 
 def ranges_of(rows: int, count: int) -> torch.Tensor:
@@ -29,56 +37,77 @@ def ranges_of(rows: int, count: int) -> torch.Tensor:
     return torch.stack([begin, begin + rows // count], 1).int().cuda()
 
 
-def verbs(rows: int, count: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Each verb's call, and the bytes that it reads and writes."""
-    x = torch.randn(rows, 8, 128, device="cuda", dtype=torch.bfloat16)
-    ranges = ranges_of(rows, count)
-    parts = [torch.randn(rows, 8, 128, device="cuda") for _ in range(2)]
-    weights = [torch.randn(rows, 8, device="cuda") for _ in range(2)]
-    moved = 2 * x.nbytes
-    return {
-        f"range_gather, {count} ranges": (lambda: ops.range_gather(x, ranges, rows), moved),
-        f"range_scatter_reduce, {count} ranges": (lambda: ops.range_scatter_reduce(x, ranges, rows), moved),
-        "merge_partials": (
-            lambda: ops.merge_partials(parts[0], weights[0], parts[1], weights[1]),
-            3 * (parts[0].nbytes + weights[0].nbytes),
-        ),
-    }
+def padded(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return torch.randn(count + 100_000, device="cuda").to(dtype)[:count].view(shape)
 
 
-def graph_us(call: Callable[[], object], calls: int = 20) -> float:
-    for _ in range(3):
-        call()
+def verbs(rows: int, counts: tuple[int, ...]) -> dict[str, Verb]:
+    x = [padded(rows, 8, 128) for _ in range(SETS)]
+    found: dict[str, Verb] = {}
+    for count in counts:
+        once = ranges_of(rows, count)
+        twice = torch.cat([ranges_of(rows // 2, count // 2)] * 2)
+        found[f"range_gather, {count} ranges"] = (
+            2 * x[0].nbytes,
+            [lambda t=t, r=once: ops.range_gather(t, r, rows) for t in x],
+        )
+        for name, ranges, out in (("", once, rows), (", every row twice", twice, rows // 2)):
+            found[f"range_scatter_reduce, {count} ranges{name}"] = (
+                x[0].nbytes * (rows + out) // rows,
+                [lambda t=t, r=ranges, out=out: ops.range_scatter_reduce(t, r, out) for t in x],
+            )
+    for dtype, merged in ((torch.bfloat16, rows), (torch.float32, rows // 2)):
+        parts = [(padded(merged, 8, 128, dtype=dtype), torch.randn(merged, 8, device="cuda")) for _ in range(SETS)]
+        found[f"merge_partials, {dtype}".replace("torch.", "")] = (
+            3 * sum(t.nbytes for t in parts[0]),
+            [lambda a=a, b=b: ops.merge_partials(*a, *b) for a, b in zip(parts, parts[1:] + parts[:1])],
+        )
+    found["ffa_delta"] = (
+        2 * x[0].nbytes + 4 * 8 * rows,
+        [lambda a=a, b=b: ops.ffa_delta(a, b, None) for a, b in zip(x, x[1:] + x[:1])],
+    )
+    return found
+
+
+def copies(moved: int) -> list[Callable[[], object]]:
+    """Device copies that read and write so many bytes together."""
+    return [padded(moved // 4).clone for _ in range(SETS)]
+
+
+def replayed(calls: list[Callable[[], object]], repeats: int = 1) -> Callable[[], object]:
+    """A CUDA graph of all calls, `repeats` times; outputs of one round are kept."""
+    kept = [call() for call in calls]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    return medians({"graph": graph.replay}, 20)["graph"] / calls * 1e3
+        for _ in range(repeats):
+            kept = [call() for call in calls]
+    return lambda: (graph.replay(), kept)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--budget-ms", type=float, default=60)
+    parser.add_argument("--budget-ms", type=float, default=40, help="of device time for each verb")
+    parser.add_argument("--mib", type=int, nargs="+", default=[64, 512], help="of one set of rows")
     args = parser.parse_args()
     rows, large, tiny = [], [], []
-    for size in (64, 512):
-        total = size * 2**20 // 2048
-        for count in (8, 4096):
-            for name, (call, moved) in verbs(total, count).items():
-                source = torch.randn(moved // 4, device="cuda", dtype=torch.bfloat16)
-                target = torch.empty_like(source)
-                ms = medians({"verb": call, "copy": lambda: target.copy_(source)}, args.budget_ms)  # noqa: B023
-                case = f"{name}, {size} MiB"
-                rows.append({"case": case, "ms": ms, "bytes": moved, "share": ms["copy"] / ms["verb"]})
-                large.append((case, rows[-1]["share"]))
-                print(f"{case:46}{ms['verb']:8.3f} ms{moved / ms['verb'] / 1e9:7.2f} TB/s {rows[-1]['share']:5.2f}")
-    for name, (call, _) in verbs(16, 8).items():
-        us = graph_us(call)
-        rows.append({"case": f"{name}, 16 rows", "us": us})
-        tiny.append((rows[-1]["case"], TINY_US / us))
-        print(f"{rows[-1]['case']:46}{us:8.1f} us")
+    for size in args.mib:
+        for name, (moved, calls) in verbs(size * MIB // 2048, COUNTS).items():
+            timed = medians({"verb": replayed(calls), "copy": replayed(copies(moved))}, args.budget_ms)
+            ms = {what: t / SETS for what, t in timed.items()}
+            case = f"{name}, {size} MiB"
+            rows.append({"case": case, "ms": ms, "bytes": moved, "share": ms["copy"] / ms["verb"]})
+            large.append((case, rows[-1]["share"]))
+            print(f"{case:60}{ms['verb']:8.4f} ms{moved / ms['verb'] / 1e9:7.2f} TB/s {rows[-1]['share']:5.2f}")
+            torch.cuda.empty_cache()
+    for count in (16, 32):
+        for name, (_, calls) in verbs(count, (8,)).items():
+            us = medians({"verb": replayed(calls, 5)}, 5)["verb"] / (5 * SETS) * 1e3
+            rows.append({"case": f"{name}, {count} rows", "us": us})
+            tiny.append((rows[-1]["case"], TINY_US / us))
+            print(f"{rows[-1]['case']:60}{us:8.1f} us")
     bars = [
         {
             "bar": "rows >= 64 MiB: device copy",

@@ -20,6 +20,23 @@ def test_variant_compiles_without_spills(name):
     assert "setmaxnreg" not in compiled.log and "serializ" not in compiled.log, compiled.log  # ignored by ptxas
 
 
+def test_variants_are_the_sizes_of_the_headers(tmp_path):
+    """jit.py repeats kForwardShapes and backward_rows: compiled here, a size that differs is an error."""
+    macros = [(name, dict(v.defines)) for name, v in jit.VARIANTS.items()]
+    forward = {(m["HEAD_DIM"], m["V_DIM"], m["ROWS"]) for name, m in macros if name.startswith("ffa_fwd_")}
+    checks = [f"sizeof(kForwardShapes) == {len(forward)} * sizeof(ForwardShape)"]
+    for dim, v_dim, rows in forward:
+        shape = f"forward_shape({dim}, {v_dim}, {rows})"
+        checks.append(f"{shape}.head_dim == {dim} && {shape}.v_dim == {v_dim} && {shape}.rows() == {rows}")
+    for name, m in macros:
+        if name.startswith("ffa_bwd_d"):
+            checks.append(f"backward_rows({m['HEAD_DIM']}, {'true' if '_tall' in name else 'false'}) == {m['ROWS']}")
+    source = tmp_path / "sizes.cu"
+    lines = [f'static_assert({check}, "{check}");' for check in checks]
+    source.write_text('#include "ffa_bwd.cuh"\nusing namespace magi;\n' + "\n".join(lines))
+    jit.compile_variant(jit.Variant("sizes", str(source)))
+
+
 def test_error_shows_the_compilers_log():
     variant = jit.VARIANTS["ffa_fwd_d128_v128_r128_bf16"]
     broken = dataclasses.replace(variant, defines=tuple({**dict(variant.defines), "ELEMENT": "nothing"}.items()))
