@@ -9,140 +9,182 @@ namespace magi {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kBuckets = 1024;
 
-struct Smem {
-    int warp_count[kWarps], warp_steps[kWarps];
-    int first, last_block;
-    int start[kThreads], sorted[kThreads + 1];
-    Range rows;
-    int bucket[kBuckets];
-};
-
 __device__ Slice slice_at(const TilesArgs& a, int i) {
     return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed);
 }
+__device__ int rows_of(const TilesArgs& a) { return a.transposed ? a.num_k : a.num_q; }
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ int sum_upto(int x) {
+#pragma unroll 1
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(~0u, x, step);
+        if (threadIdx.x % 32 >= step) x += below;
+    }
+    return x;
+}
 
-// ---- one block ----
-constexpr int kSmallThreads = 1024, kSmallWarps = kSmallThreads / 32;
-
-struct SmallSmem {
-    Slice slice[kMostSmallSlices];
-    int start[kMostSmallSlices], sorted[kMostSmallSlices + 1];  // first rows of the slices where tiles begin there
-    int last_tile[kMostSmallSlices + 1];                        // past the tiles of the rows from sorted[i] on
-    Tile tile[kMostSmallTiles];
-    int pool_used;
+// ---- rows of tiles ----
+// Where slices cut the rows, ascending: cut i begins at row begin[i] and has the tiles before last_tile[i] that no
+// earlier one has. Past the slices no cut begins before the end, and none ends.
+struct alignas(16) Cuts {
+    int start[kMaxCuts + 1], last_tile[kMaxCuts + 1], begin[kMaxCuts + 1];  // start: of each slice's rows, as they come
 };
+__device__ void set_cut(const TilesArgs& a, Cuts& c, int i, const Slice& slice) {
+    c.start[i] = i < a.num_slices && slice.q0 < slice.q1 ? slice.q0 : rows_of(a);
+    c.last_tile[i] = 0x7fffffff;
+}
 
-// Orders the rows where tiles begin and counts the tiles up to each; returns their number.
-__device__ int count_cut_tiles(const TilesArgs& a, SmallSmem& s) {
-    constexpr int kShare = kSmallThreads / kMostSmallSlices;  // threads that rank one slice
-    const int num_rows = a.transposed ? a.num_k : a.num_q, n = a.num_slices;
-    const int i = threadIdx.x / kShare, lane = threadIdx.x % 32;
-    if (i < n && threadIdx.x % kShare == 0) s.start[i] = s.slice[i].q0 < s.slice[i].q1 ? s.slice[i].q0 : num_rows;
-    if (threadIdx.x == 0) s.sorted[0] = 0;
-    __syncthreads();
-    const int start = i < n ? s.start[i] : 0;
-    int rank = 0;
-    for (int j = threadIdx.x % kShare; j < n; j += kShare) rank += s.start[j] < start || (s.start[j] == start && j < i);
-    for (int step = 1; step < kShare; step *= 2) rank += __shfl_xor_sync(~0u, rank, step);
-    if (i < n && threadIdx.x % kShare == 0) s.sorted[rank + 1] = start;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        int total = 0;
-        for (int base = 0; base <= n; base += 32) {
-            const int at = base + lane, begin = at <= n ? s.sorted[at] : num_rows;
-            int last = ceil_div((at < n ? s.sorted[at + 1] : num_rows) - begin, a.table.tile_rows);  // running sum
-            for (int step = 1; step < 32; step *= 2) {
-                const int below = __shfl_up_sync(~0u, last, step);
-                if (lane >= step) last += below;
-            }
-            if (at <= n) s.last_tile[at] = total + last;
-            total += __shfl_sync(~0u, last, 31);
+// Orders the starts of all slices, by one block, and counts the tiles; returns their number. The first cut begins at
+// row 0, so that every row has a tile.
+__device__ int cut_rows(const TilesArgs& a, Cuts& c) {
+    const int lane = threadIdx.x % 32, n = a.num_slices;
+#pragma unroll 1
+    for (int i = threadIdx.x / 32; i < n; i += blockDim.x / 32) {
+        const int own = c.start[i];
+        int place = 0, next = rows_of(a);
+#pragma unroll 1
+        for (int j = lane; j - lane < n; j += 32) {
+            const int other = c.start[j];
+            const bool before = other < own || (other == own && j < i);
+            place += __popc(__ballot_sync(~0u, before));
+            if (!before && j != i) next = min(next, other);
+        }
+        next = __reduce_min_sync(~0u, next);
+        if (lane == 0) {
+            const int begin = place ? own : 0;
+            c.begin[place] = begin;
+            c.last_tile[place] = ceil_div(next - begin, a.table.tile_rows);
         }
     }
     __syncthreads();
-    return s.last_tile[n];
+    if (threadIdx.x < 32) {
+        int before = 0;
+#pragma unroll 1
+        for (int i = lane; i - lane < n; i += 32) {
+            const int last = before + sum_upto(i < n ? c.last_tile[i] : 0);
+            if (i < n) c.last_tile[i] = last;
+            before = __shfl_sync(~0u, last, 31);
+        }
+    }
+    __syncthreads();
+    return c.last_tile[n - 1];
 }
 
-// Rows of a tile of a cut table.
-__device__ Range cut_tile(const TilesArgs& a, const SmallSmem& s, int tile) {
-    int low = 0, high = a.num_slices;  // the first interval that ends past the tile
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (s.last_tile[middle] > tile)
-            high = middle;
-        else
-            low = middle + 1;
+// None where there is no such tile.
+__device__ Range tile_range(const TilesArgs& a, const Cuts& c, int num_tiles, int tile) {
+    if (tile >= num_tiles) return {0, 0};
+    const int tile_rows = a.table.tile_rows, n = a.num_slices;
+    if (!a.table.cut) return {tile * tile_rows, min(tile * tile_rows + tile_rows, rows_of(a))};
+    int cut = 0;
+#pragma unroll 4
+    for (int j = 0; j < n; j += 4) {
+        const int4 last = *reinterpret_cast<const int4*>(&c.last_tile[j]);
+        cut += (last.x <= tile) + (last.y <= tile) + (last.z <= tile) + (last.w <= tile);
     }
-    const int end = low < a.num_slices ? s.sorted[low + 1] : a.transposed ? a.num_k : a.num_q;
-    const int row0 = s.sorted[low] + (tile - (low ? s.last_tile[low - 1] : 0)) * a.table.tile_rows;
-    return {row0, min(row0 + a.table.tile_rows, end)};
+    const int row0 = c.begin[cut] + (tile - (cut ? c.last_tile[cut - 1] : 0)) * tile_rows;
+    return {row0, min(row0 + tile_rows, cut + 1 < n ? c.begin[cut + 1] : rows_of(a))};
 }
+
+__device__ Tile tile_of(const TilesArgs& a, Range rows, int first, int count, int steps) {
+    return {rows.begin, a.table.cut ? first | (rows.end - rows.begin - 1) << kRowsShift : first,
+            first >= 0 ? count : a.num_slices, steps};
+}
+
+// ---- one block ----
+// It is over in microseconds, so what counts is how few instructions follow each other, from a cold cache.
+struct SmallSmem {
+    Cuts cuts;
+    alignas(16) int weight[kMostSmallTiles];  // steps, then tiles that come first: no two are equal; -1: no tile
+    alignas(16) int2 rows[kMostSmallSlices];  // of each slice; none of those past the slices
+    Tile tile[kMostSmallTiles];
+    Slice slice[kMostSmallSlices];
+    int warp_count[kSmallThreads / 32];
+};
 
 extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __grid_constant__ TilesArgs a) {
     __shared__ SmallSmem s;
     let_later_kernels_start();
     wait_for_earlier_kernels();  // the slices may be one's result, the workspace another's
     const TileTable& t = a.table;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x < a.num_slices) s.slice[threadIdx.x] = slice_at(a, threadIdx.x);
-    if (threadIdx.x == 0) s.pool_used = 0;
-    __syncthreads();
-    const int num_tiles = t.cut ? count_cut_tiles(a, s) : t.num_tiles;
-    // Some lanes share a tile's slices: `group` of them, from lane `leader` on.
-    const int group = a.num_slices > 64 ? 32 : a.num_slices > 8 ? 8 : a.num_slices > 1 ? 4 : 1;
-    const int leader = lane / group * group, member = lane - leader;
-    auto group_bits = [&](bool mine) {
-        return __ballot_sync(~0u, mine) >> leader & (group == 32 ? ~0u : (1u << group) - 1);
-    };
-    for (int base = 0; base < num_tiles; base += kSmallThreads / group) {
-        const int i = base + threadIdx.x / group;
-        Range rows{0, 0};  // of no tile
-        if (i < num_tiles) {
-            const int row0 = i * t.tile_rows;
-            rows = t.cut ? cut_tile(a, s, i) : Range{row0, min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q)};
-        }
-        auto columns_of = [&](int slice) {
-            return slice < a.num_slices ? tile_columns(s.slice[slice], rows.begin, rows.end) : Range{0, 0};
-        };
-        int count = 0;
-        for (int first = 0; first < a.num_slices; first += group) {
-            const Range columns = columns_of(first + member);
-            count += __popc(group_bits(columns.begin < columns.end));
-        }
-        int at = 0;
-        if (member == 0 && count) at = atomicAdd(&s.pool_used, count);
-        at = __shfl_sync(~0u, at, leader);
-        const bool fits = at <= t.capacity - count;
-        const int pool = fits ? at : -1;
-        int steps = 0;
-        for (int first = 0; first < a.num_slices; first += group) {  // ascending
-            const int slice = first + member, mine = num_steps(columns_of(slice), t.step);
-            const u32 hits = group_bits(mine > 0);
-            if (mine > 0 && fits) t.pool[at + __popc(hits & ((1u << member) - 1))] = {s.slice[slice], slice, mine};
-            at += __popc(hits);
-            steps += mine;
-        }
-        for (int step = 1; step < group; step *= 2) steps += __shfl_xor_sync(~0u, steps, step);
-        if (member == 0 && i < num_tiles)
-            s.tile[i] = t.unsorted[i] = {rows.begin, t.cut ? pool | (rows.end - rows.begin - 1) << kRowsShift : pool,
-                                         fits ? count : a.num_slices, steps};
+    const int lane = threadIdx.x % 32, n = a.num_slices;
+    static_assert(kMostSmallTiles == kMostSmallSlices && kMostSmallSlices == kMaxCuts + 1 &&
+                  kSmallThreads / 2 >= kMostSmallSlices);
+    if (threadIdx.x < kMostSmallSlices) {
+        const int i = threadIdx.x;
+        const Slice c = i < n ? slice_at(a, i) : Slice{};
+        s.slice[i] = c;
+        s.rows[i] = make_int2(c.q0, c.q1);
+        s.weight[i] = -1;
+        if (t.cut) set_cut(a, s.cuts, i, c);
     }
     __syncthreads();
-    // A tile's place is how many go before it: heavier ones, and equals above it.
-    for (int i = warp; i < num_tiles; i += kSmallWarps) {
-        const int steps = s.tile[i].num_steps;
+    const int num_tiles = t.cut ? cut_rows(a, s.cuts) : t.num_tiles;
+    if (threadIdx.x == 0) *t.header = {0, 0, 0, num_tiles};
+
+    // `group` lanes a tile, 32 slices each: first those that share rows with it, then their steps.
+    const int group = lanes_of_tile(n), member = threadIdx.x % group;
+    const int i = threadIdx.x / group, first_slice = 32 * member, slices = min(32, n - first_slice);
+    const Range rows = tile_range(a, s.cuts, num_tiles, i);
+    u32 hits = 0;
+#pragma unroll 4
+    for (int j = 0; j < slices; j += 2) {
+        const int4 two = *reinterpret_cast<const int4*>(&s.rows[first_slice + j]);
+        hits |= static_cast<u32>(max(two.x, rows.begin) < min(two.y, rows.end)) << j |
+                static_cast<u32>(max(two.z, rows.begin) < min(two.w, rows.end)) << (j + 1);
+    }
+    auto columns_of = [&](int slice) { return tile_columns(s.slice[slice], rows.begin, rows.end); };
+#pragma unroll 1
+    for (u32 left = hits; left; left &= left - 1) {
+        const Range columns = columns_of(first_slice + __ffs(left) - 1);
+        if (columns.begin >= columns.end) hits &= ~(left & -left);
+    }
+    int count = __popc(hits);
+    const int upto = sum_upto(count), warp = threadIdx.x / 32;
+    if (lane == 31) s.warp_count[warp] = upto;
+    __syncthreads();
+    int at = __reduce_add_sync(~0u, lane < warp ? s.warp_count[lane] : 0) + upto - count;
+    const int first = __shfl_sync(~0u, at, lane / group * group);
+#pragma unroll 1
+    for (int step = 1; step < group; step *= 2) count += __shfl_xor_sync(~0u, count, step);
+    const bool fits = first <= t.capacity - count;
+    int steps = 0;
+#pragma unroll 1
+    for (u32 left = hits; left; left &= left - 1) {
+        const int slice = first_slice + __ffs(left) - 1, mine = num_steps(columns_of(slice), t.step);
+        steps += mine;
+        if (fits) t.pool[at++] = {s.slice[slice], slice, mine};
+    }
+#pragma unroll 1
+    for (int step = 1; step < group; step *= 2) steps += __shfl_xor_sync(~0u, steps, step);
+    if (member == 0 && i < num_tiles) {
+        s.tile[i] = t.unsorted[i] = tile_of(a, rows, fits ? first : -1, count, steps);
+        s.weight[i] = min(steps, (1 << 23) - 1) * kMostSmallTiles + kMostSmallTiles - 1 - i;
+    }
+    __syncthreads();
+    // A tile's place is how many are heavier. Four lanes a tile.
+#pragma unroll 1
+    for (int base = 0; base < num_tiles; base += blockDim.x / 4) {
+        const int tile = base + threadIdx.x / 4, own = tile < num_tiles ? s.weight[tile] : 0;
         int before = 0;
-        for (int j = lane; j < num_tiles; j += 32) {
-            const int other = s.tile[j].num_steps;
-            before += other > steps || (other == steps && j < i);
+#pragma unroll 4
+        for (int j = threadIdx.x % 4 * 4; j < num_tiles; j += 16) {
+            const int4 other = *reinterpret_cast<const int4*>(&s.weight[j]);
+            before += (other.x > own) + (other.y > own) + (other.z > own) + (other.w > own);
         }
-        before = __reduce_add_sync(~0u, before);
-        if (lane == 0) t.tiles[before] = s.tile[i];
+        before += __shfl_xor_sync(~0u, before, 1);
+        before += __shfl_xor_sync(~0u, before, 2);
+        if (threadIdx.x % 4 == 0 && tile < num_tiles) t.tiles[before] = s.tile[tile];
     }
-    if (threadIdx.x == 0) *t.header = {s.pool_used, num_tiles, 0, num_tiles};
 }
 
 // ---- many blocks ----
+struct Smem {
+    Cuts cuts;
+    int warp_count[kWarps], warp_steps[kWarps];
+    int first, last_block;
+    int bucket[kBuckets];
+};
+
 // Sum over the block, the same in every thread.
 __device__ int block_sum(int x, int (&scratch)[kWarps]) {
     x = __reduce_add_sync(~0u, x);
@@ -154,63 +196,23 @@ __device__ int block_sum(int x, int (&scratch)[kWarps]) {
     return sum;
 }
 
-// Rows of the block's tile where tiles begin with slices, none for blocks beyond them; returns the number of tiles.
-__device__ int cut_rows(const TilesArgs& a, Smem& s) {
-    const int num_rows = a.transposed ? a.num_k : a.num_q, i = threadIdx.x, n = a.num_slices;
-    int start = num_rows;
-    if (i < n) {
-        const Slice c = slice_at(a, i);
-        if (c.q0 < c.q1) start = c.q0;
-    }
-    s.start[i] = start;
-    if (i == 0) {
-        s.sorted[0] = 0;
-        s.rows = {0, 0};
-    }
-    __syncthreads();
-    if (i < n) {
-        int rank = 0;
-        for (int j = 0; j < n; ++j) rank += s.start[j] < start || (s.start[j] == start && j < i);
-        s.sorted[rank + 1] = start;
-    }
-    __syncthreads();
-    const int begin = i <= n ? s.sorted[i] : num_rows, end = i < n ? s.sorted[i + 1] : num_rows;
-    const int tiles = ceil_div(end - begin, a.table.tile_rows);
-    int last = tiles;  // running sum
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, last, step);
-        if (i % 32 >= step) last += below;
-    }
-    if (i % 32 == 31) s.warp_count[i / 32] = last;
-    __syncthreads();
-    int total = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        if (w < i / 32) last += s.warp_count[w];
-        total += s.warp_count[w];
-    }
-    const int at = static_cast<int>(blockIdx.x) - (last - tiles);
-    if (at >= 0 && at < tiles) {
-        const int row0 = begin + at * a.table.tile_rows;
-        s.rows = {row0, min(row0 + a.table.tile_rows, end)};
-    }
-    __syncthreads();
-    return total;
-}
-
 // Returns the number of tiles.
 __device__ int list_slices(const TilesArgs& a, Smem& s) {
     const TileTable& t = a.table;
-    int num_tiles = t.num_tiles, row0 = blockIdx.x * t.tile_rows;
-    int row1 = min(row0 + t.tile_rows, a.transposed ? a.num_k : a.num_q);
+    int num_tiles = t.num_tiles;
     if (t.cut) {
-        num_tiles = cut_rows(a, s);
+        static_assert(kThreads == kMaxCuts + 1);
+        const int i = threadIdx.x;
+        set_cut(a, s.cuts, i, i < a.num_slices ? slice_at(a, i) : Slice{});
+        __syncthreads();
+        num_tiles = cut_rows(a, s.cuts);
         if (blockIdx.x == 0 && threadIdx.x == 0) t.header->num_tiles = num_tiles;
-        row0 = s.rows.begin, row1 = s.rows.end;
-        if (row0 == row1) return num_tiles;
     }
+    const Range rows = tile_range(a, s.cuts, num_tiles, blockIdx.x);
+    if (rows.begin == rows.end) return num_tiles;
     int count = 0, steps = 0;
     for (int i = threadIdx.x; i < a.num_slices; i += kThreads) {
-        const int mine = num_steps(tile_columns(slice_at(a, i), row0, row1), t.step);
+        const int mine = num_steps(tile_columns(slice_at(a, i), rows.begin, rows.end), t.step);
         count += mine > 0;
         steps += mine;
     }
@@ -220,8 +222,7 @@ __device__ int list_slices(const TilesArgs& a, Smem& s) {
         const int first = count ? atomicAdd(&t.header->pool_used, count) : 0;
         const bool fits = first <= t.capacity - count;
         s.first = fits ? first : -1;
-        const int with_rows = t.cut ? s.first | (row1 - row0 - 1) << kRowsShift : s.first;
-        t.unsorted[blockIdx.x] = {row0, with_rows, fits ? count : a.num_slices, steps};
+        t.unsorted[blockIdx.x] = tile_of(a, rows, s.first, count, steps);
     }
     __syncthreads();
     int at = s.first;
@@ -232,7 +233,7 @@ __device__ int list_slices(const TilesArgs& a, Smem& s) {
         int mine = 0;
         if (i < a.num_slices) {
             slice = slice_at(a, i);
-            mine = num_steps(tile_columns(slice, row0, row1), t.step);
+            mine = num_steps(tile_columns(slice, rows.begin, rows.end), t.step);
         }
         const u32 hits = __ballot_sync(~0u, mine > 0);
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -269,11 +270,7 @@ __device__ void sort_tiles(const TileTable& t, int num_tiles, Smem& s) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int own[kOwn], sum = 0;
     for (int j = 0; j < kOwn; ++j) own[j] = s.bucket[threadIdx.x * kOwn + j], sum += own[j];
-    int before = sum;
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, before, step);
-        if (lane >= step) before += below;
-    }
+    int before = sum_upto(sum);
     if (lane == 31) s.warp_steps[warp] = before;
     __syncthreads();
     before -= sum;
