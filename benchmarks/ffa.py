@@ -47,7 +47,7 @@ from magi_attention import Mask
 Call = Callable[[], object]
 PEERS = ("fa3", "cudnn", "fa2", "flex")
 COOL = ("fa2", "flex")  # peers that draw clearly less power than we do
-FLEX_SECONDS = 90  # compiling FlexAttention stops here, or after a third of --seconds
+FLEX_SECONDS = 90  # compiling FlexAttention stops here, or after half of --seconds
 TILE_TABLE_SHARE = 0.02
 HOST_US = 25
 SLEEP_HZ = 2e9  # cycles of torch.cuda._sleep a second, at the highest clock
@@ -134,14 +134,16 @@ def mask_of(name: str, total: int) -> Mask:
 # ---------------------------------------------------------------- clocks
 
 
-def medians(calls: dict[str, Call], budget_ms: float, most: int = 20) -> dict[str, float]:
-    """Milliseconds of each call on the device, up to `most` at a time; the calls take turns, shuffled every round."""
+def medians(calls: dict[str, Call], budget_ms: float) -> dict[str, float]:
+    """Milliseconds of each call on the device, up to 20 at a time; the calls take turns, shuffled every round."""
 
     def host_seconds(call: Call, repeats: int) -> float:
         begin = time.perf_counter()
         for _ in range(repeats):
             call()
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        return seconds
 
     def timed(call: Call, repeats: int, host: float) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -155,10 +157,11 @@ def medians(calls: dict[str, Call], budget_ms: float, most: int = 20) -> dict[st
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / repeats
 
-    once = max(0.01, *(min(timed(call, 1, host_seconds(call, 2)) for _ in range(2)) for call in calls.values()))
-    repeats = max(1, min(most, int(2 / once)))
-    host = {name: host_seconds(call, repeats + 1) for name, call in calls.items()}
-    torch.cuda.synchronize()
+    host = {name: host_seconds(call, 1) for name, call in calls.items()}
+    once = max(0.01, *(timed(call, 1, host[name]) for name, call in calls.items()))
+    repeats = max(1, min(20, int(2 / once)))
+    if repeats > 1:
+        host = {name: host_seconds(call, repeats + 1) for name, call in calls.items()}
     rounds = max(3, min(15, int(budget_ms / (once * repeats))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     shuffled = random.Random(0)
@@ -575,7 +578,7 @@ def main() -> None:
         return
     if args.no_flex:
         cases = [without_flex(case) for case in cases]
-    cases = compile_flex_ahead(cases, args.direction, min(FLEX_SECONDS, args.seconds / 3))
+    cases = compile_flex_ahead(cases, args.direction, min(FLEX_SECONDS, args.seconds / 2))
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
