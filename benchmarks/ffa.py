@@ -8,10 +8,10 @@ A case's calls take turns, in another order every round, and medians count: cloc
 fall for all. Several calls are queued between two events, behind a sleep that outlasts the host's part of them, so that
 the device's time counts alone; short inputs come in several sets, so that none is found in L2. FA2 and FlexAttention
 draw less power and let the clock recover, so they take turns with `ffa` on their own.
-TFLOP/s are of allowed cells: forward 2 * area * heads * (head_dim + v_dim), backward 2.5 times that. A peer that cannot
-run a case is left out of its row, and the row says why. `ordered` is our own backward with deterministic=True. Memory
-is the peak of our call beyond its inputs, outputs included. Short inputs are timed from the host, too: from the call
-until the device is done ("waited"), and until the call returns ("host").
+TFLOP/s are of allowed cells: forward 2 * area * heads * (head_dim + v_dim), backward with (3 * head_dim + 2 * v_dim). A
+peer that cannot run a case is left out of its row, and the row says why. `ordered` is our own backward with
+deterministic=True. Memory is the peak of our call beyond its inputs, outputs included. Short inputs are timed from the
+host, too: from the call until the device is done ("waited"), and until the call returns ("host").
 
 --seconds is shared out: a case gets what is left over the number of cases left, and those of the bars come first.
 
@@ -76,6 +76,7 @@ DENSE = ("full", "causal")
 DOCUMENTS = ("doc8", "doc32", "rdoc32", "documents_causal")
 BLOCKS = ("block_causal_2048", "documents_block_causal")
 SPARSE = (*DOCUMENTS, "window_1024", *BLOCKS)
+WIDE = ("192:128", "192", "256")  # head dimensions
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def suite(direction: str) -> list[Case]:
     """The cases of all bars, those that decide most first."""
     if direction == "both":
         cases = [Case(m, n) for n in (16384, 8192) for m in ("causal", "full", "doc8", "window_1024")]
-        return cases + [Case("causal", 16384, h) for h in ("32:8", "64:8")]
+        cases += [Case("causal", 16384, h) for h in ("32:8", "64:8")]
+        return cases + [Case("causal", 16384, dims=d) for d in WIDE]
     cases = []
     for n in (8192, 16384, 32768):
         for mask in (*DENSE, *SPARSE):
@@ -106,8 +108,9 @@ def suite(direction: str) -> list[Case]:
     cases += [Case(m, n, dims="64") for n in (8192, 16384) for m in (*DENSE, "doc8", "doc32")]
     if direction == "fwd":
         cases += [Case(m, n, h) for n in (1024, 2048, 4096) for h in ("32:8", "32:32") for m in (*DENSE, "doc8")]
-        cases += [Case(m, 16384, dims=d) for d in ("192:128", "192", "256") for m in DENSE]
+        cases += [Case(m, 16384, dims=d) for d in WIDE for m in DENSE]
     else:
+        cases += [Case(m, 16384, dims=d, peers=("cudnn", "fa2")) for d in WIDE for m in DENSE]
         cases += [Case("causal", n, "32:8") for n in (1024, 2048, 4096)]
     cases += [Case(m, 32768, h) for h in ("32:8", "64:8") for m in DENSE]
     cases += [Case(m, 65536, "32:8") for m in reversed(DENSE)]
@@ -415,7 +418,8 @@ def measure(case: Case, direction: str, budget_ms: float, compile_only: bool = F
     )
     own = {name: beside["ffa"] if name in COOL else ms["ffa"] for name in calls}
     ms |= {name: t for name, t in beside.items() if name in COOL}
-    flops = 2 * mask.area() * heads * (dim + v_dim) * {"fwd": 1, "bwd": 2.5, "both": 3.5}[direction]
+    products = {"fwd": dim + v_dim, "bwd": 3 * dim + 2 * v_dim, "both": 4 * dim + 3 * v_dim}[direction]
+    flops = 2 * mask.area() * heads * products
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -494,7 +498,7 @@ def bars(direction: str, rows: list[dict], matrix_product: float) -> list[dict]:
         waited = [(r, r["host"]["fa3"]["waited"] / r["host"]["ffa"]["waited"]) for r in short if "fa3" in r["host"]]
         bar("1k-4k, call and wait: FA3", 1.0, 2.0, waited)
         bar(f"1k-4k, host: {HOST_US} us", None, 1.0, [(r, HOST_US / r["host_us"]) for r in short])
-        for dims in ("64", "192:128", "192", "256"):
+        for dims in ("64", *WIDE):
             bar(f"head_dim {dims}: FA3, against that of 128", None, 0.9, against_128("fa3", dims))
         shares = []
         for row in rows:
@@ -509,7 +513,8 @@ def bars(direction: str, rows: list[dict], matrix_product: float) -> list[dict]:
         bar("documents, window: FA3 varlen (other run)", 1.0, 1.2, to_column(SPARSE))
         dims_128 = [r for r in rows if r["head_dim"] == "128" and r["tokens"] >= 8192]
         bar("deterministic: our own", 0.85, 0.95, [(r, 1 / r["ratio"]["ordered"]) for r in dims_128])
-        bar("head_dim 64: cuDNN, against that of 128", None, 0.9, against_128("cudnn", "64"))
+        for dims in ("64", *WIDE):
+            bar(f"head_dim {dims}: cuDNN, against that of 128", None, 0.9, against_128("cudnn", dims))
     else:
         bar("causal 16k: cuDNN", 1.1, 1.2, [(r, x) for r, x in to("cudnn", DENSE) if r["case"] == "causal 16k 32:32"])
         bar("all full, causal: cuDNN", None, 1.2, to("cudnn", DENSE))

@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU"),
 ]
 ops = torch.ops.magi
+WIDE = [(192, 128), (192, 192), (256, 256), (160, 160), (136, 136), (176, 8), (24, 136), (256, 64)]  # head_dim, v_dim
 
 
 def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev=None, deterministic=False, **options):
@@ -23,9 +24,9 @@ def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev
     scale = options.pop("softmax_scale", q.shape[2] ** -0.5)
     out, lse = ops.ffa_fwd(q, k, v, slices, softmax_scale=scale, softcap=options.get("softcap", 0.0))
     delta = ops.ffa_delta(dout, out, dlse)
-    wide = (q.shape[0] + 128) * q.shape[1] * 128
+    padded = (q.shape[0] + 128) * q.shape[1] * (128 if max(q.shape[2], v.shape[2]) <= 128 else 256)
     poison(
-        ((2 * wide + 4 * k.numel() + 1000000,), torch.float32),
+        ((2 * padded + 4 * k.numel() + 1000000,), torch.float32),
         (q.shape, q.dtype),
         (k.shape, k.dtype),
         (v.shape, v.dtype),
@@ -56,16 +57,24 @@ def check(rng, q, k, v, slices, *, dout=None, dq_prev=None, grad_dtype=None, **o
     return grads
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_masks(seed):
-    rng = torch.Generator().manual_seed(seed)
+def check_random_masks(rng, dims):
     pick = lambda options: options[int(torch.randint(0, len(options), (), generator=rng))]  # noqa: E731
     for _ in range(5):
         num_q, num_k = (int(pick([64, 300, 1000, 4000]) * torch.rand((), generator=rng)) + 1 for _ in range(2))
         heads, kv_heads = pick(HEADS if num_q * num_k < 1e6 else HEADS[:4])
-        dim, dtype = pick([64, 128, 128, 40, 96]), pick([torch.bfloat16, torch.float16])
-        q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, dtype)
+        (dim, v_dim), dtype = pick(dims), pick([torch.bfloat16, torch.float16])
+        q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, dtype, v_dim)
         check(rng, q, k, v, random_slices(rng, num_q, num_k), deterministic=pick([False, True]))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_masks(seed):
+    check_random_masks(torch.Generator().manual_seed(seed), [(dim, dim) for dim in (64, 128, 128, 40, 96)])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_masks_of_wide_heads(seed):
+    check_random_masks(torch.Generator().manual_seed(200 + seed), WIDE)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -90,7 +99,7 @@ def test_long_slices(seed):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim, v_dim", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,16 +110,18 @@ def test_long_slices(seed):
         {"grad_dtype": torch.float32},
     ],
 )
-def test_options(dim, options, deterministic):
+def test_options(dim, v_dim, options, deterministic):
     rng = torch.Generator().manual_seed(1)
     slices = causal_documents([700, 1, 130, 669])
-    check(rng, *tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16), slices, deterministic=deterministic, **options)
+    q, k, v = tensors(rng, 1500, 1500, 4, 2, dim, torch.bfloat16, v_dim)
+    check(rng, q, k, v, slices, deterministic=deterministic, **options)
 
 
+@pytest.mark.parametrize("dim", [96, 160, 256])
 @pytest.mark.parametrize("grad_dtype", [None, torch.float32])
-def test_adds_to_a_previous_dq(grad_dtype):
+def test_adds_to_a_previous_dq(grad_dtype, dim):
     rng = torch.Generator().manual_seed(2)
-    q, k, v = tensors(rng, 700, 900, 4, 2, 96, torch.float16)
+    q, k, v = tensors(rng, 700, 900, 4, 2, dim, torch.float16)
     dq_prev = torch.randn(q.shape, generator=rng).to("cuda", grad_dtype or q.dtype)
     check(rng, q, k, v, random_slices(rng, 700, 900), dq_prev=dq_prev, grad_dtype=grad_dtype)
 
@@ -120,53 +131,57 @@ def test_values_narrower_than_keys():
     check(rng, *tensors(rng, 300, 400, 2, 1, 128, torch.float16, v_dim=72), random_slices(rng, 300, 400))
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize("dim", [128, 256])
+def test_strided_inputs(dim):
     rng = torch.Generator().manual_seed(4)
     slices = causal_documents([500, 524])
-    packed = torch.randn(1024, 4, 4, 128, generator=rng).to("cuda", torch.bfloat16).unbind(1)
+    packed = torch.randn(1024, 4, 4, dim, generator=rng).to("cuda", torch.bfloat16).unbind(1)
     check(rng, *packed[:3], slices, dout=packed[3])
-    heads_first = torch.randn(4, 4, 1024, 128, generator=rng).to("cuda", torch.bfloat16).transpose(1, 2)
+    heads_first = torch.randn(4, 4, 1024, dim, generator=rng).to("cuda", torch.bfloat16).transpose(1, 2)
     check(rng, *heads_first[:3], slices, dout=heads_first[3])
-    odd = torch.randn(4, 1024, 4, 131, generator=rng).to("cuda", torch.bfloat16)[..., 3:]  # TMA cannot read this one
+    odd = torch.randn(4, 1024, 4, dim + 3, generator=rng).to("cuda", torch.bfloat16)[..., 3:]  # not as TMA reads
     check(rng, *odd[:3], slices, dout=odd[3])
-    q, k, v = tensors(rng, 1024, 1024, 4, 4, 64, torch.bfloat16)
-    check(rng, q, k, v, slices, dout=torch.ones(1, 1, 64, dtype=q.dtype, device="cuda").expand(1024, 4, 64))
+    q, k, v = tensors(rng, 1024, 1024, 4, 4, dim // 2, torch.bfloat16, v_dim=64 if dim == 128 else 192)
+    check(rng, q, k, v, slices, dout=torch.ones(1, 1, 1, dtype=q.dtype, device="cuda").expand(v.shape))
 
 
+@pytest.mark.parametrize("dim", [128, 192])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_thousands_of_slices_in_one_tile(deterministic):
+def test_thousands_of_slices_in_one_tile(deterministic, dim):
     """More slices than the table's pool holds: every key range overlaps every other."""
     rng = torch.Generator().manual_seed(6)
     slices = torch.tensor([[i, i + 1, 0, 500, -NONE, NONE] for i in range(1000)], dtype=torch.int32)
-    check(rng, *tensors(rng, 1000, 500, 1, 1, 128, torch.bfloat16), slices, deterministic=deterministic)
+    check(rng, *tensors(rng, 1000, 500, 1, 1, dim, torch.bfloat16), slices, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("heads, kv_heads", [(150, 150), (240, 120)])
-def test_many_heads(heads, kv_heads, deterministic):
+@pytest.mark.parametrize("heads, kv_heads, dim", [(150, 150, 128), (240, 120, 128), (150, 75, 192)])
+def test_many_heads(heads, kv_heads, dim, deterministic):
     """More heads than are worked on together: several sections."""
     rng = torch.Generator().manual_seed(10)
     for slices in (random_slices(rng, 1000, 1100), causal_documents([64, 500, 1, 435])):
-        q, k, v = tensors(rng, 1000, 1100, heads, kv_heads, 128, torch.bfloat16)
+        q, k, v = tensors(rng, 1000, 1100, heads, kv_heads, dim, torch.bfloat16)
         check(rng, q, k, v, slices, deterministic=deterministic)
 
 
-def test_keys_that_nobody_sees_may_hold_anything():
+@pytest.mark.parametrize("dim, seen", [(128, 768), (256, 960)])  # whole tiles of keys
+def test_keys_that_nobody_sees_may_hold_anything(dim, seen):
     """Their gradients are zeros, also where their tiles' work is to finish rows of earlier heads."""
     rng = torch.Generator().manual_seed(11)
-    q, k, v = tensors(rng, 1000, 1100, 150, 150, 128, torch.bfloat16)
-    k[768:] = v[768:] = float("nan")
-    slices = torch.tensor([[0, 1000, 0, 768, -NONE, NONE]], dtype=torch.int32)
+    q, k, v = tensors(rng, 1000, 1100, 150, 150, dim, torch.bfloat16)
+    k[seen:] = v[seen:] = float("nan")
+    slices = torch.tensor([[0, 1000, 0, seen, -NONE, NONE]], dtype=torch.int32)
     dout, dlse = torch.randn(q.shape, generator=rng).to("cuda", q.dtype), torch.zeros(q.shape[:2], device="cuda")
     grads = backward(q, k, v, dout, dlse, slices)
-    same = backward(q, k[:768].contiguous(), v[:768].contiguous(), dout, dlse, slices, deterministic=True)
+    same = backward(q, k[:seen].contiguous(), v[:seen].contiguous(), dout, dlse, slices, deterministic=True)
     for name, actual, want in zip(("dq", "dk", "dv"), grads, same):
-        seen = actual if name == "dq" else actual[:768]
-        assert (seen.double() - want.double()).norm() < 1e-2 * want.double().norm()
-        assert name == "dq" or not actual[768:].any()
+        got = actual if name == "dq" else actual[:seen]
+        assert (got.double() - want.double()).norm() < 1e-2 * want.double().norm()
+        assert name == "dq" or not actual[seen:].any()
 
 
-def test_one_row_and_one_key():
+@pytest.mark.parametrize("dim", [64, 192])
+def test_one_row_and_one_key(dim):
     rng = torch.Generator().manual_seed(7)
     slices = torch.tensor(
         [
@@ -177,32 +192,35 @@ def test_one_row_and_one_key():
         ],
         dtype=torch.int32,
     )
-    check(rng, *tensors(rng, 301, 333, 2, 1, 64, torch.bfloat16), slices)
+    check(rng, *tensors(rng, 301, 333, 2, 1, dim, torch.bfloat16), slices)
 
 
+@pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_no_slices_no_keys_no_rows(deterministic):
+def test_no_slices_no_keys_no_rows(deterministic, dim):
     rng = torch.Generator().manual_seed(8)
     for num_q, num_k in ((100, 50), (100, 0), (0, 50)):
-        q, k, v = tensors(rng, num_q, num_k, 2, 1, 128, torch.bfloat16)
+        q, k, v = tensors(rng, num_q, num_k, 2, 1, dim, torch.bfloat16)
         slices = torch.zeros(0, 6, dtype=torch.int32)
         grads = backward(q, k, v, torch.randn_like(q), None, slices, deterministic=deterministic)
         for grad, like in zip(grads, (q, k, v)):
             assert grad.shape == like.shape and not grad.any()
 
 
-def test_deterministic_repeats_bitwise():
+@pytest.mark.parametrize("dim, v_dim", [(128, 128), (192, 128), (192, 192), (256, 256)])
+def test_deterministic_repeats_bitwise(dim, v_dim):
     rng = torch.Generator().manual_seed(9)
     for slices in (random_slices(rng, 4096, 4096), causal_documents([4096]), causal_documents([1000, 3, 93, 3000])):
-        q, k, v = tensors(rng, 4096, 4096, 8, 2, 128, torch.bfloat16)
-        dout = torch.randn_like(q)
+        q, k, v = tensors(rng, 4096, 4096, 8, 2, dim, torch.bfloat16, v_dim)
+        dout = torch.randn_like(q[..., :v_dim])
         first = backward(q, k, v, dout, None, slices, deterministic=True)
         for margin in (0, 0, 0, 7, 50, 131):  # with fewer blocks, work is spread in another way
             again = backward(q, k, v, dout, None, slices, deterministic=True, sm_margin=margin)
             assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_compiled_is_eager():
+@pytest.mark.parametrize("dim, v_dim", [(128, 128), (192, 128)])
+def test_compiled_is_eager(dim, v_dim):
     """Forward and backward traced whole: any number of slices in one graph, with gradients through out and lse."""
 
     def loss(q, k, v, sink, slices):
@@ -216,7 +234,7 @@ def test_compiled_is_eager():
     for lengths in ([700], [300, 1, 399], [5] * 140, [128, 572], []):
         slices = causal_documents(lengths).cuda()
         mark_unbacked(slices, 0)
-        inputs = (*tensors(rng, 700, 700, 4, 2, 128, torch.bfloat16), torch.randn(1, 4, generator=rng).cuda())
+        inputs = (*tensors(rng, 700, 700, 4, 2, dim, torch.bfloat16, v_dim), torch.randn(1, 4, generator=rng).cuda())
         results = []
         for function in (compiled, loss):
             leaves = [x.detach().requires_grad_() for x in inputs]

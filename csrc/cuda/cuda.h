@@ -9,9 +9,8 @@
 
 namespace magi::cuda {
 
-constexpr int kMaxForwardDim = 256, kMaxBackwardDim = 128;
-// Throws unless the attention kernels can run it: bf16 or fp16, head_dim and v_dim multiples of 8 up to most_dim.
-void check_support(Dtype dtype, const AttentionShape& shape, int most_dim);
+// Throws unless the attention kernels can run it: bf16 or fp16, head_dim and v_dim multiples of 8 up to 256.
+void check_support(Dtype dtype, const AttentionShape& shape);
 
 // q, k, v as heads_map takes them.
 size_t forward_workspace(const ForwardParams& params);

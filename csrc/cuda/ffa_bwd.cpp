@@ -9,18 +9,35 @@
 namespace magi::cuda {
 namespace {
 
-int padded_dim(const AttentionShape& s) { return std::max(s.head_dim, s.v_dim) <= 64 ? 64 : 128; }
+bool is_wide(const AttentionShape& s) { return std::max(s.head_dim, s.v_dim) > 128; }
+const BackwardWideShape& wide_shape(const AttentionShape& s) {
+    return kBackwardWideShapes[backward_wide_shape(s.head_dim, s.v_dim)];
+}
+int padded_dim(const AttentionShape& s) {
+    return is_wide(s) ? wide_shape(s).head_dim : std::max(s.head_dim, s.v_dim) <= 64 ? 64 : 128;
+}
+int tile_keys(const AttentionShape& s) { return is_wide(s) ? wide_shape(s).keys : kBackwardKeys; }
 
 // Tall visits pay where walks are long: measured, from slices of this many rows on. (What a mask looks like inside is
 // not known here.)
 bool tall_visits(const BackwardParams& p) {
     const int long_slice = padded_dim(p.shape) == 64 ? 512 : 4096;
-    return p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
+    return !is_wide(p.shape) && p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
+}
+
+int visit_rows(const BackwardParams& p) {
+    return is_wide(p.shape) ? kBackwardWideRows : backward_rows(padded_dim(p.shape), tall_visits(p));
 }
 
 // Of rows that ordered visits take turns on.
-int num_blocks(const BackwardParams& p) {
-    return ceil_div(backward_rows_pad(p.shape.num_q), backward_rows(padded_dim(p.shape), tall_visits(p)));
+int num_blocks(const BackwardParams& p) { return ceil_div(backward_rows_pad(p.shape.num_q), visit_rows(p)); }
+
+std::string variant(const BackwardParams& p) {
+    const AttentionShape& s = p.shape;
+    return "ffa_bwd_d" + std::to_string(padded_dim(s)) +
+           (is_wide(s) ? "_v" + std::to_string(wide_shape(s).v_dim) : "") +
+           (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") + (p.softcap > 0 ? "_softcap" : "") +
+           (p.deterministic ? "_ordered" : "") + (tall_visits(p) ? "_tall" : "");
 }
 
 // How the work is handed out: tiles by sections of heads, dq finished `lag` work items later, its sums in a ring.
@@ -32,9 +49,9 @@ Schedule schedule(const BackwardParams& p, int device) {
     const AttentionShape& s = p.shape;
     const int64_t group = s.num_q_heads / std::max(1, s.num_kv_heads);
     Schedule x{};
-    x.rows = backward_rows(padded_dim(s), tall_visits(p));
-    x.finishes = backward_finishes(x.rows, p.deterministic);
-    x.num_tiles = ceil_div(s.num_k, kBackwardKeys);
+    x.rows = visit_rows(p);
+    x.finishes = !is_wide(s) && backward_finishes(x.rows, p.deterministic);
+    x.num_tiles = ceil_div(s.num_k, tile_keys(s));
     const int64_t shares = x.finishes ? (int64_t)ceil_div(s.num_q, kFinishRows) * s.num_q_heads : 0;
     const int64_t work = std::max<int64_t>((int64_t)x.num_tiles * s.num_kv_heads, shares);
     const int sms = std::max(1, num_sms(device) - p.sm_margin);
@@ -80,7 +97,7 @@ Workspace layout(const BackwardParams& p, const Schedule& x) {
     w.zeroed = at;
     w.lse = take(heads * rows * sizeof(float));
     w.delta = take(heads * rows * sizeof(float));
-    w.table = take(table_bytes(s.num_k, kBackwardKeys, p.num_slices));
+    w.table = take(table_bytes(s.num_k, tile_keys(s), p.num_slices));
     w.order = take(p.deterministic ? x.num_tiles * blocks * sizeof(int) : 0);
     w.total = at;
     return w;
@@ -100,13 +117,10 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     const auto ints = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
     const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
     const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
-    const std::string variant = "ffa_bwd_d" + std::to_string(dim) + (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") +
-                                (p.softcap > 0 ? "_softcap" : "") + (p.deterministic ? "_ordered" : "") +
-                                (tall_visits(p) ? "_tall" : "");
-    const unsigned smem = backward_smem(dim, plan.rows);
-    void* backward = kernel(variant, "ffa_bwd", device, smem);
+    const unsigned smem = is_wide(shape) ? wide_shape(shape).smem() : backward_smem(dim, plan.rows);
+    void* backward = kernel(variant(p), "ffa_bwd", device, smem);
     const TileTable table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k,
-                                        kBackwardKeys, plan.rows, true, device, stream);
+                                        tile_keys(shape), plan.rows, true, device, stream);
     int* const order = p.deterministic ? ints(at.order) : nullptr;
     const BackwardPrepareArgs prepare{static_cast<const float*>(p.lse),
                                       static_cast<const float*>(p.delta),
@@ -135,8 +149,8 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, plan.rows);
     }
     if (shape.num_k > 0) {
-        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, kBackwardKeys);
-        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, kBackwardKeys);
+        a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, tile_keys(shape));
+        a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, tile_keys(shape));
     }
     a.slices = p.slices;
     a.num_slices = p.num_slices;

@@ -7,16 +7,16 @@
 
 namespace magi::cuda {
 
-void check_support(Dtype dtype, const AttentionShape& shape, int most_dim) {
+void check_support(Dtype dtype, const AttentionShape& shape) {
+    constexpr int kMaxDim = 256;
     const auto fail = [](const std::string& what) { throw std::runtime_error("magi_attention: " + what); };
     if (dtype != Dtype::kBF16 && dtype != Dtype::kF16)
         fail("q must be bfloat16 or float16 on CUDA, got " + std::string(dtype == Dtype::kF32 ? "float32" : "float64") +
              ": cast q, k and v (q.bfloat16(), or torch.autocast around what makes them), or move them to the CPU");
     for (const auto& [name, dim] : {std::pair{"q", shape.head_dim}, {"v", shape.v_dim}})
-        if (dim > most_dim || dim % 8 != 0)
+        if (dim > kMaxDim || dim % 8 != 0)
             fail(std::string(name) + " must have a head dimension that is a multiple of 8 and at most " +
-                 std::to_string(most_dim) + " on CUDA" +
-                 (most_dim == kMaxBackwardDim ? " where gradients are needed" : "") + ", got " + std::to_string(dim));
+                 std::to_string(kMaxDim) + " on CUDA, got " + std::to_string(dim));
 }
 
 // Slices of few rows fill tiles of 128 rows better than those of 192.

@@ -76,6 +76,30 @@ MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
            + 2 * 4 * kBackwardStages * rows + 1792;                     // lse, delta; zeros, visits, barriers
 }
 
+// Shapes above 128, known to both sides: a tile of keys against visits of rows, rings of q and dout, and one of buffers
+// of so many rows x 64 columns that dq leaves through. Registers (a tile's dk and dv, over both consumers) and 227 KB
+// of shared memory bound it.
+constexpr int kBackwardWideRows = 64;
+struct BackwardWideShape {
+    int head_dim, v_dim, keys, q_stages, dout_stages, dq_rows, dq_buffers;
+    MAGI_HD constexpr unsigned smem() const {  // k, v; q, dout; p, ds; dq; lse, delta; visits, barriers
+        return 2 * keys * (head_dim + v_dim) + 2 * kBackwardWideRows * (q_stages * head_dim + dout_stages * v_dim) +
+               4 * keys * kBackwardWideRows + 256 * dq_rows * dq_buffers +
+               4 * kBackwardWideRows * (q_stages + dout_stages) + 1280;
+    }
+};
+constexpr BackwardWideShape kBackwardWideShapes[] = {
+    {192, 128, 112, 2, 2, 32, 4},
+    {192, 192, 96, 2, 2, 32, 4},
+    {256, 256, 80, 2, 1, 16, 6},
+};
+// Smaller heads take the first one that holds them, padded with zeros.
+MAGI_HD constexpr int backward_wide_shape(int head_dim, int v_dim) {
+    int i = 0;
+    while (kBackwardWideShapes[i].head_dim < head_dim || kBackwardWideShapes[i].v_dim < v_dim) ++i;
+    return i;
+}
+
 struct BackwardArgs {
     TensorMap q, k, v, dout;
     TileTable table;  // transposed: tiles of keys

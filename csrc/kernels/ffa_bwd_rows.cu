@@ -43,7 +43,7 @@ __device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block) {
         int own = 0;
         if (t < a.table.num_tiles) {
             const Tile tile = a.table.unsorted[t];
-            const int key1 = min(tile.row0 + kBackwardKeys, a.num_k);
+            const int key1 = min(tile.row0 + a.table.tile_rows, a.num_k);
             for (int e = 0; e < tile.num_slices; ++e) {
                 const Slice x = tile.first >= 0 ? a.table.pool[tile.first + e].slice
                                                 : table_slice(a.slices[e], a.num_q, a.num_k, true);

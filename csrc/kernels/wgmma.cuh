@@ -46,6 +46,7 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16> = true;
 
+#define MAGI_D4(o) "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3])
 #define MAGI_D8(o)                                                                                              \
     "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3]), "+f"(d[o + 4]), "+f"(d[o + 5]), "+f"(d[o + 6]), \
         "+f"(d[o + 7])
@@ -54,8 +55,12 @@ constexpr bool kIsBf16<bf16> = true;
 
 // The accumulators of an instruction N columns wide, N / 2 a thread: operands, and their names in its text.
 #define MAGI_D_32 MAGI_D16(0)
+#define MAGI_D_40 MAGI_D16(0), MAGI_D4(16)
+#define MAGI_D_48 MAGI_D16(0), MAGI_D8(16)
+#define MAGI_D_56 MAGI_D16(0), MAGI_D8(16), MAGI_D4(24)
 #define MAGI_D_64 MAGI_D32(0)
 #define MAGI_D_80 MAGI_D_64, MAGI_D8(32)
+#define MAGI_D_96 MAGI_D_80, MAGI_D8(40)
 #define MAGI_D_112 MAGI_D_80, MAGI_D16(40)
 #define MAGI_D_128 MAGI_D_64, MAGI_D32(32)
 #define MAGI_D_192 MAGI_D_128, MAGI_D32(64)
@@ -63,19 +68,21 @@ constexpr bool kIsBf16<bf16> = true;
 #define MAGI_NAMES_32                  \
     "%0, %1, %2, %3, %4, %5, %6, %7, " \
     "%8, %9, %10, %11, %12, %13, %14, %15"
-#define MAGI_NAMES_64                          \
-    MAGI_NAMES_32                              \
-    ", "                                       \
-    "%16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define MAGI_NAMES_40 MAGI_NAMES_32 ", %16, %17, %18, %19"
+#define MAGI_NAMES_48 MAGI_NAMES_40 ", %20, %21, %22, %23"
+#define MAGI_NAMES_56 MAGI_NAMES_48 ", %24, %25, %26, %27"
+#define MAGI_NAMES_64 MAGI_NAMES_56 ", %28, %29, %30, %31"
 #define MAGI_NAMES_80 \
     MAGI_NAMES_64     \
     ", "              \
     "%32, %33, %34, %35, %36, %37, %38, %39"
-#define MAGI_NAMES_112                         \
-    MAGI_NAMES_80                              \
-    ", "                                       \
-    "%40, %41, %42, %43, %44, %45, %46, %47, " \
+#define MAGI_NAMES_96 \
+    MAGI_NAMES_80     \
+    ", "              \
+    "%40, %41, %42, %43, %44, %45, %46, %47"
+#define MAGI_NAMES_112 \
+    MAGI_NAMES_96      \
+    ", "               \
     "%48, %49, %50, %51, %52, %53, %54, %55"
 #define MAGI_NAMES_128 \
     MAGI_NAMES_112     \
@@ -119,10 +126,15 @@ constexpr bool kIsBf16<bf16> = true;
 // d = A B (+ d), one step of 16 along k; A and B in shared memory. kTrans: 0 = K-major, 1 = MN-major.
 template <class T, int N, int kTransA, int kTransB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], u64 a, u64 b, int accumulate) {
-    static_assert(N == 32 || N == 64 || N == 80 || N == 112 || N == 128, "add the instruction shape here");
+    static_assert((N % 8 == 0 && N >= 32 && N <= 64) || N == 80 || N == 96 || N == 112 || N == 128,
+                  "add the instruction shape here");
     if constexpr (N == 32) MAGI_BY_TYPE(MAGI_WGMMA_SS, 32, 16, 17, 18, 19, 20);
+    if constexpr (N == 40) MAGI_BY_TYPE(MAGI_WGMMA_SS, 40, 20, 21, 22, 23, 24);
+    if constexpr (N == 48) MAGI_BY_TYPE(MAGI_WGMMA_SS, 48, 24, 25, 26, 27, 28);
+    if constexpr (N == 56) MAGI_BY_TYPE(MAGI_WGMMA_SS, 56, 28, 29, 30, 31, 32);
     if constexpr (N == 64) MAGI_BY_TYPE(MAGI_WGMMA_SS, 64, 32, 33, 34, 35, 36);
     if constexpr (N == 80) MAGI_BY_TYPE(MAGI_WGMMA_SS, 80, 40, 41, 42, 43, 44);
+    if constexpr (N == 96) MAGI_BY_TYPE(MAGI_WGMMA_SS, 96, 48, 49, 50, 51, 52);
     if constexpr (N == 112) MAGI_BY_TYPE(MAGI_WGMMA_SS, 112, 56, 57, 58, 59, 60);
     if constexpr (N == 128) MAGI_BY_TYPE(MAGI_WGMMA_SS, 128, 64, 65, 66, 67, 68);
 }

@@ -21,7 +21,7 @@ ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     const DeviceGuard guard(device);
     ForwardCall call = check_forward(mappable(q), mappable(k), mappable(v), slices, sink, out_prev, lse_prev,
                                      softmax_scale, softcap, sm_margin, out_dtype, max_logits);
-    cuda::check_support(call.params.dtype, call.params.shape, cuda::kMaxForwardDim);
+    cuda::check_support(call.params.dtype, call.params.shape);
     const Tensor workspace = scratch(q, cuda::forward_workspace(call.params));
     cuda::ffa_forward(call.params, workspace.data_ptr(), device);
     return call;

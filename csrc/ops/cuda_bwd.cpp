@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, 
     const torch::stable::accelerator::DeviceGuard guard(device);
     BackwardCall call = check_backward(mappable(dout), mappable(q), mappable(k), mappable(v), lse, delta, slices,
                                        dq_prev, softmax_scale, softcap, deterministic, sm_margin, grad_dtype);
-    cuda::check_support(call.params.dtype, call.params.shape, cuda::kMaxBackwardDim);
+    cuda::check_support(call.params.dtype, call.params.shape);
     const Tensor workspace = scratch(q, cuda::backward_workspace(call.params, device));
     cuda::ffa_backward(call.params, workspace.data_ptr(), device);
     return {call.dq, call.dk, call.dv};

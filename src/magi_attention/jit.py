@@ -83,6 +83,26 @@ def _backward_variants() -> list[Variant]:
     ]
 
 
+def _wide_backward_variants() -> list[Variant]:
+    return [
+        Variant(
+            f"ffa_bwd_d{dim}_v{v_dim}_{dtype}{'_softcap' if softcap else ''}{'_ordered' if deterministic else ''}",
+            "ffa_bwd_wide.cu",
+            (
+                ("SHAPE", str(shape)),
+                ("ELEMENT", dtype),
+                ("SOFTCAP", str(softcap)),
+                ("DETERMINISTIC", str(deterministic)),
+            ),
+            168,
+        )
+        for shape, (dim, v_dim) in enumerate(((192, 128), (192, 192), (256, 256)))  # kBackwardWideShapes in ffa_bwd.cuh
+        for dtype in ("bf16", "f16")
+        for softcap in (0, 1)
+        for deterministic in (0, 1)
+    ]
+
+
 # The whole variant space, in one place. Host launchers ask for these names.
 VARIANTS: dict[str, Variant] = {
     v.name: v
@@ -92,6 +112,7 @@ VARIANTS: dict[str, Variant] = {
         *_forward_variants(),
         Variant("ffa_bwd_rows", "ffa_bwd_rows.cu"),
         *_backward_variants(),
+        *_wide_backward_variants(),
     ]
 }
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from magi_attention.mask import Mask, slice_areas
 
-__all__ = ["accumulation_dtype", "area_of", "flex_attend", "raise_if_grad", "raise_if_no_backward", "sink_gradient"]
+__all__ = ["accumulation_dtype", "area_of", "flex_attend", "raise_if_grad", "sink_gradient"]
 
 
 def _load(library: str) -> Path:
@@ -47,7 +47,6 @@ if torch.version.cuda is not None:
     jit.attach(_load("libmagi_cuda.so"))
 _ops = torch.ops.magi
 _library = torch.library.Library("magi", "IMPL")
-_MAX_CUDA_BACKWARD_DIM = 128  # kMaxBackwardDim of csrc/cuda/cuda.h
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,33 +200,6 @@ def sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(torch.nan_to_num(share, nan=0.0, posinf=0.0) * delta).sum(1)
 
 
-def raise_if_no_backward(q: Tensor, v: Tensor) -> None:
-    """Raises RuntimeError where the forward is supported but its gradient is not."""
-    for name, x in (("q", q), ("v", v)):
-        if x.is_cuda and x.ndim == 3 and x.shape[2] > _MAX_CUDA_BACKWARD_DIM:
-            raise RuntimeError(
-                f"{name} must have a head dimension of at most {_MAX_CUDA_BACKWARD_DIM} on CUDA where gradients are "
-                f"needed, got {x.shape[2]}; without them (torch.no_grad) up to 256 work, on the CPU any"
-            )
-
-
-class _RefusingFirst(torch.library.Library):
-    """Autograd kernels put in through it refuse what has no gradient before the forward runs: `setup_context`, where it
-    could be told from the saved tensors, comes after."""
-
-    def impl(self, op_name: str, fn: Any, *args: Any, **kwargs: Any) -> None:
-        def autograd(keys: Any, *inputs: Any, **options: Any) -> Any:
-            q, _, v = inputs[:3]
-            if q.is_cuda and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-                raise_if_no_backward(q, v)
-            return fn(keys, *inputs, **options)
-
-        super().impl(op_name, autograd, *args, **kwargs)
-
-
-_differentiable = _RefusingFirst("magi", "FRAGMENT")
-
-
 def _ffa_setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     q, k, v, slices, sink = inputs
     out, lse, *rest = output
@@ -253,7 +225,7 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | No
 
 
 for _name in ("magi::ffa.slices", "magi::ffa_max_logits"):
-    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context, lib=_differentiable)
+    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context)
 
 for _op in (_ops.ffa_fwd.default, _ops.ffa_fwd_max_logits.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
     raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
@@ -369,7 +341,8 @@ def flex_attend(
 
     Args:
         q: queries `[mask.total_q, heads, head_dim]`, float16, bfloat16, float32 or float64; any strides with a
-            contiguous last dimension are read in place.
+            contiguous last dimension are read in place. On CUDA float16 or bfloat16, head_dim and v_dim multiples of 8
+            up to 256.
         k, v: keys `[mask.total_k, kv_heads, head_dim]` and values `[mask.total_k, kv_heads, v_dim]`, same dtype;
             `heads` is a multiple of `kv_heads`.
         mask: which cells are allowed. Rows that it leaves without keys give out 0, lse -inf and zero gradients.

@@ -22,7 +22,7 @@ from magi_attention.dist.comm import Mesh, group_cast, group_name, group_reduce,
 from magi_attention.dist.dispatch import check_group, check_rows
 from magi_attention.dist.guests import RETURN_COPIES, AttendWithGuests
 from magi_attention.dist.tensor_parallel import heads_local
-from magi_attention.ops import accumulation_dtype, area_of, raise_if_grad, raise_if_no_backward, sink_gradient
+from magi_attention.ops import accumulation_dtype, area_of, raise_if_grad, sink_gradient
 from magi_attention.plan import Hop, Plan, Stage
 
 __all__ = ["attend"]
@@ -349,8 +349,6 @@ def attend(
 
         return heads_local(attend_local, q, k, v, sink, groups)
     _check(q, k, v, sink, plan, mesh)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise_if_no_backward(q, v)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     options = (scale, softcap, deterministic)
     if plan.guests is not None:

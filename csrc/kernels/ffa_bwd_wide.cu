@@ -1,0 +1,600 @@
+// Attention backward over band slices for heads above 128. As in ffa_bwd.cu, a persistent block owns a tile of keys of
+// one kv head, walks the q rows of every slice that touches them in visits for every query head of the group, and
+// writes dk and dv once; dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh) that a kernel of its own
+// finishes.
+//
+// What differs is who owns what: a tile's dk and dv fill the registers of both consumers, so they share one tile. Each
+// computes S = Q K^T and dP = dO V^T for half of the keys; P and dS meet in shared memory as [row / 16][key][row % 16].
+// All gradients are computed transposed, as dV^T = dO^T P, dK^T = Q^T dS and dQ^T = K^T dS^T: their accumulators' rows
+// are columns of the head in chunks of 64 that the consumers divide between them, so that a tile may have any number of
+// keys (BackwardWideShape: as many as registers and shared memory hold). Where the number of chunks is odd, the last
+// one is shared: half of the keys each, of dq half of the rows. (Keys as columns of dK and dV is how FlashAttention-3
+// fits heads of 256, arXiv 2407.08608.)
+//
+// dq leaves in pieces of a few rows x 64 columns, through a ring of buffers of which each consumer has every other one.
+// The order of work, and why ordered visits never wait forever: ffa_bwd.cu.
+//
+// Macros: SHAPE, an index of kBackwardWideShapes (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16,
+// SOFTCAP 0 or 1, DETERMINISTIC 0 or 1.
+#include "ffa_bwd.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace magi {
+
+using T = ELEMENT;
+constexpr BackwardWideShape kShape = kBackwardWideShapes[SHAPE];
+constexpr int kQChunks = kShape.head_dim / 64, kVChunks = kShape.v_dim / 64;  // a TMA box is 64 elements wide
+constexpr int kKeys = kShape.keys, kHalf = kKeys / 2, kRows = kBackwardWideRows;
+constexpr int kConsumers = 2;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kScores = kHalf / 2;                    // accumulators of a thread
+constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;  // where a visit may start
+constexpr int kPlanned = 8;                           // visits kept written down; storers are late readers
+constexpr int kScoreBlock = kKeys * 32;               // bytes of 16 rows of p or ds
+constexpr int kPieceRows = kShape.dq_rows, kPieces = kQChunks * (kRows / 2) / kPieceRows;  // of a consumer's dq a visit
+enum NamedBarrier { kPReady = 1, kDsReady = 2 };
+
+struct alignas(16) Item {                     // a tile of keys of one kv head
+    int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
+};
+// Rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1).
+struct Visit {
+    int row0, head, masked, order;
+    int first, last, lo, hi, key0, key1;
+};
+struct Plan {  // the planner's notes: it has few registers
+    int index, kv_head, head;
+    int tile_key0, tile_key1, first, num_slices;  // of the tile
+    int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
+    int visit_row, down;                          // the tile's walk goes from the last row to the first
+    const int* orders;                            // of the tile's visits, by block of rows
+};
+
+struct Smem {
+    u16 k[kQChunks][kKeys * 64], v[kVChunks][kKeys * 64];
+    u16 q[kShape.q_stages][kQChunks][kRows * 64], dout[kShape.dout_stages][kVChunks][kRows * 64];
+    u16 p[kKeys * kRows], ds[kKeys * kRows];  // [row / 16][key][row % 16], swizzled by hand
+    float dq[kShape.dq_buffers][kPieceRows * 64];
+    float lse[kShape.q_stages][kRows], delta[kShape.dout_stages][kRows];
+    Visit visit[kPlanned];
+    Item planned_item, item;
+    Plan plan;
+    int no_more[kConsumers];  // visits, for a storer
+    u64 item_planned, item_taken, visit_planned[kPlanned], visit_taken[kPlanned];
+    u64 kv_full, kv_free, p_free, q_full[kShape.q_stages], q_free[kShape.q_stages];
+    u64 dout_full[kShape.dout_stages], dout_free[kShape.dout_stages];
+    u64 dq_full[kShape.dq_buffers], dq_free[kShape.dq_buffers];
+};
+static_assert(kShape.dq_buffers % kConsumers == 0 && sizeof(Smem) <= kShape.smem() && kShape.smem() <= 227 * 1024);
+
+// A stage of a ring and the parity that ends its phase, walked without divisions.
+template <int N>
+struct Ring {
+    int at = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void advance(int step = 1) {
+        at += step;
+        if (at >= N) {
+            at -= N;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- planner: one thread walks the tiles' slices, a little ahead of the loads
+// -----------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int i) {
+    if (first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, true);
+    const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first + i);
+    const int4 x = __ldg(entry), y = __ldg(entry + 1);
+    return {x.x, x.y, x.z, x.w, y.x, y.y};
+}
+
+// Where the visits of a slice begin whose first row is this one.
+__device__ __forceinline__ int first_row(int row) { return row - static_cast<u32>(row) % kRowAlign; }
+
+// Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
+__device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
+    Plan& plan = s.plan;
+    // The loader took visit n - 2 when the consumers were done with visit n - 4, so storers are with visit n - 5.
+    if (n >= 2) barrier_wait(s.visit_taken[(n - 2) % kPlanned], (n - 2) / kPlanned & 1);
+    Visit& visit = s.visit[n % kPlanned];
+    visit.row0 = row0;
+    visit.head = plan.head;
+    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
+    visit.first = plan.row0 - row0;
+    visit.last = min(plan.row1 - row0, kRows);
+    visit.key0 = plan.key0;
+    visit.key1 = plan.key1;
+    const int lo = row0 - plan.hi, hi = row0 - plan.lo;  // of key - row within the tile
+    visit.lo = lo;
+    visit.hi = hi;
+    visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
+    if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
+    barrier_arrive(s.visit_planned[n % kPlanned]);
+}
+
+__device__ void plan_visits(const BackwardArgs& a, Smem& s) {
+    Plan& plan = s.plan;
+    int n = 0;
+    for (u32 parity = 1;; parity ^= 1) {
+        const int next = atomicAdd(&a.table.header->next_work, 1);
+        const bool done = next >= a.table.num_tiles * a.num_kv_heads;
+        int visits = done ? -1 : 0;
+        plan.tile_key0 = plan.tile_key1 = 0;
+        if (!done) {
+            {
+                const WorkItem work = work_item(next, a.table.num_tiles, a.section_heads, a.num_kv_heads);
+                plan.index = work.tile;
+                plan.kv_head = work.kv_head;
+            }
+            {  // see plan_visits of ffa_bwd.cu
+                int wave = plan.kv_head * a.waves;
+                for (int i = plan.index; i >= a.wave_tiles; i -= a.wave_tiles) ++wave;
+                plan.down = DETERMINISTIC || wave % 2 == 0;
+            }
+            {
+                const int4 tile =
+                    __ldg(reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
+                plan.tile_key0 = tile.x;
+                plan.tile_key1 = min(tile.x + kKeys, a.num_k);
+                plan.first = tile.y;
+                plan.num_slices = tile.z;
+            }
+            for (int i = 0; i < plan.num_slices; ++i) {
+                const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
+                if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
+            }
+            visits *= a.heads_per_kv;
+        }
+        barrier_wait(s.item_taken, parity);
+        s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
+        barrier_arrive(s.item_planned);
+        if (done) break;
+        if (visits == 0) continue;
+        if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
+        // A block of rows is visited for all heads of the group while its rows are in L2.
+        for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
+            {
+                const int i = plan.down ? plan.num_slices - 1 - plan.slice : plan.slice;
+                const Slice x = slice_at(a, plan.first, i);  // transposed: its rows are keys
+                const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
+                if (rows.begin >= rows.end) continue;
+                plan.row0 = rows.begin;
+                plan.row1 = rows.end;
+                plan.key0 = max(x.q0 - plan.tile_key0, 0);
+                plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
+                plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
+                plan.hi = x.hi + plan.tile_key0;
+            }
+            const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
+            for (int block = 0; block <= last; ++block) {
+                plan.visit_row = from + (plan.down ? last - block : block) * kRows;
+#pragma unroll 1
+                for (int h = 0; h < a.heads_per_kv; ++h) {
+                    plan.head = plan.kv_head * a.heads_per_kv + h;
+                    plan_visit(a, s, n++, plan.visit_row);
+                }
+            }
+        }
+    }
+}
+
+// ---- loader: one thread streams what is planned
+// -----------------------------------------------------------------------------------------------------------------------
+__device__ void load_visits(const BackwardArgs& a, Smem& s) {
+    int n = 0;
+    for (u32 item = 0;; ++item) {
+        barrier_wait(s.item_planned, item & 1);
+        int left = s.planned_item.num_visits;
+        barrier_wait(s.kv_free, (item & 1) ^ 1);
+        s.item = s.planned_item;
+        barrier_arrive_expect(s.kv_full, left > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
+        if (left > 0) {
+#pragma unroll 1
+            for (int c = 0; c < kQChunks; ++c)
+                tma_load(s.k[c], a.k, s.kv_full, 64 * c, s.planned_item.kv_head, s.planned_item.key0);
+#pragma unroll 1
+            for (int c = 0; c < kVChunks; ++c)
+                tma_load(s.v[c], a.v, s.kv_full, 64 * c, s.planned_item.kv_head, s.planned_item.key0);
+        }
+        barrier_arrive(s.item_taken);
+        if (left < 0) break;
+        for (; left > 0; --left, ++n) {
+            asm volatile("" : "+r"(n));  // addresses are computed afresh: there are no registers to keep them
+            const Visit& visit = s.visit[n % kPlanned];
+            barrier_wait(s.visit_planned[n % kPlanned], n / kPlanned & 1);
+            {
+                const int stage = n % kShape.q_stages;
+                barrier_wait(s.q_free[stage], n / kShape.q_stages & 1 ^ 1);
+                barrier_arrive(s.visit_taken[n % kPlanned]);
+                barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
+#pragma unroll 1
+                for (int c = 0; c < kQChunks; ++c)
+                    tma_load(s.q[stage][c], a.q, s.q_full[stage], 64 * c, visit.head, visit.row0);
+                bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
+                          sizeof(s.lse[0]), s.q_full[stage]);
+            }
+            {
+                const int stage = n % kShape.dout_stages;
+                barrier_wait(s.dout_free[stage], n / kShape.dout_stages & 1 ^ 1);
+                barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
+#pragma unroll 1
+                for (int c = 0; c < kVChunks; ++c)
+                    tma_load(s.dout[stage][c], a.dout, s.dout_full[stage], 64 * c, visit.head, visit.row0);
+                bulk_load(s.delta[stage], a.delta + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
+                          sizeof(s.delta[0]), s.dout_full[stage]);
+            }
+        }
+    }
+}
+
+// ---- storers: a thread for each consumer adds its pieces of dq to the workspace
+// ----------------------------------------------------------------------------------------------------------------
+__device__ void add_dq(const BackwardArgs& a, Smem& s, int w) {
+    Ring<kShape.dq_buffers> buffer{w};
+    for (int n = 0;; ++n) {
+#pragma unroll 1
+        for (int piece = 0; piece < kPieces; ++piece) {
+            barrier_wait(s.dq_full[buffer.at], buffer.parity);
+            if (s.no_more[w]) {
+                bulk_wait();
+                return;
+            }
+            const Visit& visit = s.visit[n % kPlanned];
+            const int c = piece / (kRows / kPieceRows);
+            const bool shared = c == kQChunks / 2;  // the last one of an odd number
+            const int chunk = shared ? kQChunks - 1 : 2 * c + w;
+            const int row = piece % (kRows / kPieceRows) * kPieceRows + (shared ? w * (kRows / 2) : 0);
+            int* const turn = a.turn + (visit.head * 2 + w) * a.num_blocks + visit.row0 / kRows;
+            // Past its order once this tile itself has been there, for another slice: that sum is done, see below.
+            if (DETERMINISTIC && piece == 0)
+                while (turn_read(turn) < visit.order) __nanosleep(20);
+            bulk_add(a.dq_sum +
+                         ((visit.head * static_cast<long long>(kQChunks) + chunk) * a.rows_pad + visit.row0 + row) * 64,
+                     s.dq[buffer.at], sizeof(s.dq[0]));
+            bulk_wait_read();
+            barrier_arrive(s.dq_free[buffer.at]);
+            if (DETERMINISTIC && piece == kPieces - 1) {
+                bulk_wait();  // the sums are in memory
+                turn_pass(turn);
+            }
+            buffer.advance(kConsumers);
+        }
+    }
+}
+
+// ---- consumers
+// ----------------------------------------------------------------------------------------------------------------------
+// What a thread holds of a gradient: columns in chunks of 64, transposed; whole ones, and half of the keys of a shared
+// one.
+template <int kChunks>
+struct Gradient {
+    float whole[kChunks / 2][kKeys / 2], half[kChunks % 2 ? kHalf / 2 : 1];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int c = 0; c < kChunks / 2; ++c)
+#pragma unroll
+            for (int i = 0; i < kKeys / 2; ++i) whole[c][i] = 0;
+#pragma unroll
+        for (int i = 0; i < kHalf / 2; ++i)
+            if (kChunks % 2) half[i] = 0;
+    }
+    __device__ __forceinline__ void keep() {
+#pragma unroll
+        for (int c = 0; c < kChunks / 2; ++c) pin(whole[c]);
+        if (kChunks % 2) pin(half);
+    }
+    // Adds (rows x columns)^T times (rows x keys): chunk `c` of this consumer.
+    __device__ __forceinline__ void add_whole(int c, u32 rows, u32 scores, int w) {
+        const Operand a(rows + (2 * c + w) * (kRows * 128), 16, 1024), b(scores, 16, 256, kSwizzle32);
+#pragma unroll
+        for (int x = 0; x < kRows / 16; ++x)
+            wgmma_ss<T, kKeys, 1, 0>(whole[c], a.at(2048 * x), b.at(kScoreBlock * x), 1);
+    }
+    __device__ __forceinline__ void add_half(u32 rows, u32 scores, int w) {
+        const Operand a(rows + (kChunks - 1) * (kRows * 128), 16, 1024),
+            b(scores + w * (kHalf * 32), 16, 256, kSwizzle32);
+        if constexpr (kChunks % 2) {
+#pragma unroll
+            for (int x = 0; x < kRows / 16; ++x)
+                wgmma_ss<T, kHalf, 1, 0>(half, a.at(2048 * x), b.at(kScoreBlock * x), 1);
+        }
+    }
+};
+
+// p = exp2(score - lse), both in log2 units; lse of rows r and r + 8.
+__device__ __forceinline__ void probabilities(const BackwardArgs& a, float2 lse, float (&p)[kScores]) {
+    const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        const float minus = i % 4 / 2 ? lse.y : lse.x;
+        if (SOFTCAP)
+            p[i] =
+                exp2_fast(outer - __fdividef(2 * outer, exp2_fast(p[i] * inner) + 1) - minus);  // cap * tanh(x / cap)
+        else
+            p[i] = exp2_fast(p[i] * a.scale_log2 - minus);
+    }
+}
+
+__device__ __forceinline__ void mask_probabilities(const Visit& visit, int row, int key, float (&p)[kScores]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int i = row + 8 * h;  // within the visit
+        const int begin = max(visit.key0, i + visit.lo), end = min(visit.key1, i + visit.hi + 1);
+        const u32 length = i >= visit.first && i < visit.last ? max(end - begin, 0) : 0;
+#pragma unroll
+        for (int y = 0; y < kHalf / 8; ++y)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (static_cast<u32>(8 * y + key + e - begin) >= length) p[4 * y + 2 * h + e] = 0;
+    }
+}
+
+// ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
+__device__ __forceinline__ void score_gradients(const BackwardArgs& a, float2 delta, float2 lse,
+                                                const float (&p)[kScores], float (&dp)[kScores]) {
+    const float per_cap = 1 / (a.softcap * kLog2e);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+        float ds = p[i] * (dp[i] - (i % 4 / 2 ? delta.y : delta.x));
+        if (SOFTCAP) {
+            const float tanh = (__log2f(p[i]) + (i % 4 / 2 ? lse.y : lse.x)) * per_cap;
+            ds = p[i] > 0 ? ds * (1 - tanh * tanh) : 0.f;
+        }
+        dp[i] = ds;
+    }
+}
+
+// Scores of this thread to [row / 16][key][row % 16]; `at` is where this lane's row of matrices 0 to 3 begins: keys of
+// eight and eight, of each the first and the second eight rows.
+__device__ __forceinline__ void store_scores(u32 at, const float (&x)[kScores]) {
+#pragma unroll
+    for (int y = 0; y < kHalf / 8; y += 2) {
+        u32 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (y + i / 2 < kHalf / 8) words[i] = pack<T>(x[4 * y + 2 * i], x[4 * y + 2 * i + 1]);
+        if (y + 1 < kHalf / 8)
+            store_matrices_transposed(at + y * 256, words);
+        else
+            store_two_matrices_transposed(at + y * 256, words[0], words[1]);
+    }
+}
+
+// 64 columns of dk or dv, transposed accumulators of Keys keys from `key0` of the tile on.
+template <int Keys>
+__device__ __forceinline__ void write_chunk(const BackwardArgs& a, const Item& item, int key0, int column0, float scale,
+                                            void* to, long long row_stride, long long head_stride, int dim,
+                                            const float (&d)[Keys / 2]) {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const long long first = static_cast<long long>(item.key0) * row_stride + item.kv_head * head_stride;
+    column0 += warp * 16;
+    if (a.grad_is_float) {
+        float* out = static_cast<float*>(to) + first;
+#pragma unroll
+        for (int i = 0; i < Keys / 2; ++i) {
+            const int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, c = column0 + i % 4 / 2 * 8 + lane / 4;
+            if (key < item.num_keys && c < dim) out[key * row_stride + c] = d[i] * scale;
+        }
+    } else {
+        u16* out = static_cast<u16*>(to) + first;
+#pragma unroll
+        for (int y = 0; y < Keys / 8; y += 2) {  // 16 keys x 16 columns a warp: 16 bytes a lane
+            u32 x[4]{};
+#pragma unroll
+            for (int i = 0; i < (y + 1 < Keys / 8 ? 4 : 2); ++i)
+                x[i] = transpose_matrix(pack<T>(d[4 * y + 2 * i] * scale, d[4 * y + 2 * i + 1] * scale));
+            transpose_quad(x, lane);
+            const int key = key0 + 8 * (y + lane % 4 / 2) + lane / 4, c = column0 + lane % 2 * 8;
+            if (key < min(item.num_keys, key0 + Keys) && c < dim)
+                *reinterpret_cast<uint4*>(out + key * row_stride + c) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+}
+
+template <int kChunks>
+__device__ __forceinline__ void write_gradient(const BackwardArgs& a, const Item& item, int w, float scale, void* to,
+                                               long long row_stride, long long head_stride, int dim,
+                                               const Gradient<kChunks>& g) {
+#pragma unroll
+    for (int c = 0; c < kChunks / 2; ++c)
+        write_chunk<kKeys>(a, item, 0, 64 * (2 * c + w), scale, to, row_stride, head_stride, dim, g.whole[c]);
+    if constexpr (kChunks % 2)
+        write_chunk<kHalf>(a, item, w * kHalf, 64 * (kChunks - 1), scale, to, row_stride, head_stride, dim, g.half);
+}
+
+__device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int row = warp * 16 + lane / 4, key = w * kHalf + lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
+    Gradient<kQChunks> dk;
+    Gradient<kVChunks> dv;
+    // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds rows + 8 (m & 1), keys + 8 (m >> 1).
+    const u32 scores_at =
+        warp * kScoreBlock + (w * kHalf + lane / 16 * 8 + lane % 8) * 32 + ((lane / 8 % 2 ^ (lane >> 2 & 1)) << 4);
+    const int odd = lane % 4 / 2;  // of the eight rows of dq, the second four
+    const u32 piece_at = odd * 1024 + ((warp * 256 + lane / 4 * 32 + lane % 2 * 16) ^ (odd * 64));
+    Ring<kShape.q_stages> q_stage;
+    Ring<kShape.dout_stages> dout_stage;
+    Ring<kShape.dq_buffers> buffer{w};
+    u32 visit = 0, kv_parity = 0, p_parity = 1;
+
+    auto release = [&](u64& bar) {
+        __syncwarp();                        // all lanes have read
+        if (lane == 0) barrier_arrive(bar);  // every warp by itself
+    };
+    // dq^T, piece by piece to the next buffers.
+    auto store_dq = [&](const float* dq, int rows) {
+#pragma unroll
+        for (int piece = 0; piece < rows / kPieceRows; ++piece) {
+            barrier_wait(s.dq_free[buffer.at], buffer.parity ^ 1);
+            const u32 to = smem_addr(s.dq[buffer.at]) + piece_at;
+#pragma unroll
+            for (int j = 0; j < kPieceRows / 8; ++j) {
+                const float* x = dq + piece * (kPieceRows / 2) + 4 * j;
+                store_shared(to + j * 2048, x[0], x[1], x[2], x[3]);
+            }
+            fence_async_shared();
+            release(s.dq_full[buffer.at]);
+            buffer.advance(kConsumers);
+        }
+    };
+    const u32 p_addr = smem_addr(s.p), ds_addr = smem_addr(s.ds);
+    for (;;) {
+        barrier_wait(s.kv_full, kv_parity);
+        kv_parity ^= 1;
+        const int num_visits = uniform(s.item.num_visits);
+        if (num_visits < 0) break;
+        dk.clear();
+        dv.clear();
+        dk.keep();
+        dv.keep();
+        for (int n = 0; n < num_visits; ++n, ++visit) {
+            const u32 q = smem_addr(s.q[q_stage.at][0]), dout = smem_addr(s.dout[dout_stage.at][0]);
+            float p[kScores], dp[kScores];
+            {
+                const Operand rows(q, 16, 1024), keys(smem_addr(s.k[0]) + w * (kHalf * 128), 16, 1024);
+                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < 4 * kQChunks; ++x)
+                    wgmma_ss<T, kHalf, 0, 0>(p, rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)),
+                                             keys.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)), x);
+                wgmma_commit();
+            }
+            const float2 lse = {s.lse[q_stage.at][row], s.lse[q_stage.at][row + 8]};
+            const bool masked = s.visit[visit % kPlanned].masked;
+            {
+                const Operand rows(dout, 16, 1024), keys(smem_addr(s.v[0]) + w * (kHalf * 128), 16, 1024);
+                barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < 4 * kVChunks; ++x)
+                    wgmma_ss<T, kHalf, 0, 0>(dp, rows.at(x / 4 * sizeof(s.dout[0][0]) + 32 * (x % 4)),
+                                             keys.at(x / 4 * sizeof(s.v[0]) + 32 * (x % 4)), x);
+                wgmma_commit();
+            }
+            const float2 delta = {s.delta[dout_stage.at][row], s.delta[dout_stage.at][row + 8]};
+            wgmma_wait<1>();
+            pin(p);
+            probabilities(a, lse, p);
+            if (masked) mask_probabilities(s.visit[visit % kPlanned], row, key, p);
+            barrier_wait(s.p_free, p_parity);  // both consumers' dV of the visit before has read p
+            p_parity ^= 1;
+            store_scores(p_addr + scores_at, p);
+            fence_async_shared();
+            // Also: both consumers' products with ds of the visit before are done.
+            named_sync(kPReady, 256);
+            wgmma_fence();
+#pragma unroll
+            for (int c = 0; c < kVChunks / 2; ++c) dv.add_whole(c, dout, p_addr, w);
+            dv.add_half(dout, p_addr, w);
+            wgmma_commit();
+            wgmma_wait<1>();
+            pin(dp);
+            score_gradients(a, delta, lse, p, dp);
+            store_scores(ds_addr + scores_at, dp);
+            fence_async_shared();
+            named_sync(kDsReady, 256);
+            // dq stored while dk is computed.
+#pragma unroll
+            for (int c = 0; c < kQChunks / 2; ++c) {
+                float dq[kRows / 2];
+                const Operand columns(smem_addr(s.k[0]) + (2 * c + w) * sizeof(s.k[0]), 16, 1024);
+                const Operand rows(ds_addr, kScoreBlock, 256, kSwizzle32);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < kKeys / 16; ++x)
+                    wgmma_ss<T, kRows, 1, 1>(dq, columns.at(2048 * x), rows.at(512 * x), x);
+                wgmma_commit();
+                if (c == 0) {
+                    wgmma_wait<1>();
+                    dv.keep();
+                    release(s.dout_free[dout_stage.at]);
+                    release(s.p_free);
+                    wgmma_fence();
+                }
+                dk.add_whole(c, q, ds_addr, w);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(dq);
+                store_dq(dq, kRows);
+            }
+            if constexpr (kQChunks % 2) {
+                float dq[kRows / 4];
+                const Operand columns(smem_addr(s.k[kQChunks - 1]), 16, 1024);
+                const Operand rows(ds_addr + w * (kRows / 32 * kScoreBlock), kScoreBlock, 256, kSwizzle32);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < kKeys / 16; ++x)
+                    wgmma_ss<T, kRows / 2, 1, 1>(dq, columns.at(2048 * x), rows.at(512 * x), x);
+                wgmma_commit();
+                dk.add_half(q, ds_addr, w);
+                wgmma_commit();
+                wgmma_wait<1>();
+                pin(dq);
+                store_dq(dq, kRows / 2);
+            }
+            wgmma_wait<0>();
+            dk.keep();
+            release(s.q_free[q_stage.at]);
+            q_stage.advance();
+            dout_stage.advance();
+        }
+        const Item item = s.item;
+        release(s.kv_free);
+        write_gradient<kQChunks>(a, item, w, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
+        write_gradient<kVChunks>(a, item, w, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
+    }
+    barrier_wait(s.dq_free[buffer.at], buffer.parity ^ 1);
+    if (thread == 0) s.no_more[w] = 1;
+    release(s.dq_full[buffer.at]);
+}
+
+extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_constant__ BackwardArgs a) {
+    extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
+    Smem& s = *reinterpret_cast<Smem*>(raw);
+    if (threadIdx.x < kConsumers) s.no_more[threadIdx.x] = 0;
+    if (threadIdx.x == 0) {
+        barrier_init(s.item_planned, 1);
+        barrier_init(s.item_taken, 1);
+        for (int i = 0; i < kPlanned; ++i) {
+            barrier_init(s.visit_planned[i], 1);
+            barrier_init(s.visit_taken[i], 1);
+        }
+        barrier_init(s.kv_full, 1);
+        barrier_init(s.kv_free, 4 * kConsumers);
+        barrier_init(s.p_free, 4 * kConsumers);
+        for (int i = 0; i < kShape.q_stages; ++i) {
+            barrier_init(s.q_full[i], 1);
+            barrier_init(s.q_free[i], 4 * kConsumers);
+        }
+        for (int i = 0; i < kShape.dout_stages; ++i) {
+            barrier_init(s.dout_full[i], 1);
+            barrier_init(s.dout_free[i], 4 * kConsumers);
+        }
+        for (int i = 0; i < kShape.dq_buffers; ++i) {
+            barrier_init(s.dq_full[i], 4);
+            barrier_init(s.dq_free[i], 1);
+        }
+        barrier_init_fence();
+    }
+    wait_for_earlier_kernels();
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_shrink<kProducerRegisters>();
+        if (threadIdx.x == 0)
+            load_visits(a, s);
+        else if (threadIdx.x == 32 || threadIdx.x == 64)
+            add_dq(a, s, threadIdx.x / 32 - 1);
+        else if (threadIdx.x == 96)
+            plan_visits(a, s);
+    } else {
+        registers_grow<kConsumerRegisters>();
+        differentiate(a, s, uniform(threadIdx.x / 128) - 1);
+    }
+}
+
+}  // namespace magi
