@@ -16,7 +16,7 @@ struct ForwardShape {
     int head_dim, v_dim, consumers, keys, stages;
     MAGI_HD constexpr int rows() const { return 64 * consumers; }
     MAGI_HD constexpr unsigned smem() const {  // q, k, v; barriers, steps, alignment
-        return 2 * (rows() * head_dim + stages * keys * (head_dim + v_dim)) + 2048;
+        return 2 * (rows() * head_dim + stages * keys * (head_dim + v_dim)) + 2560;
     }
 };
 constexpr ForwardShape kForwardShapes[] = {

@@ -2,14 +2,14 @@
 // slice that touches it with one online softmax, and writes out and lse once: no atomics on results, no zero-fill, the
 // same bits every time.
 //
-// One producer thread streams K and V through a ring by TMA; each consumer warpgroup owns 64 rows. Consumers take turns
-// at the tensor cores (FlashAttention-3's ping-pong, arXiv 2407.08608), and each overlaps the softmax of one step with
-// its products of the step before. Per consumer a step is empty (skipped), full (no mask) or partial (two comparisons
-// an element).
+// One warp plans steps a little ahead, and three threads stream the keys, the values and the queries of what is planned
+// by TMA, so that no load waits for the room of another; each consumer warpgroup owns 64 rows. Consumers take turns at
+// the tensor cores (FlashAttention-3's ping-pong, arXiv 2407.08608), and each overlaps the softmax of one step with its
+// products of the step before. Per consumer a step is empty (skipped), full (no mask) or partial (two comparisons an
+// element).
 //
 // One of kForwardShapes (args.cuh) is compiled in. They differ in how they fit into the registers:
-//  - what a thread can read again lives in shared memory where consumers need its registers (kRoomy and
-//    kRoomyProducer say that they do not);
+//  - what a thread can read again lives in shared memory where it needs the registers (kRoomy says that it does not);
 //  - weights may overwrite the scores, to be packed after the product that reads the step before (kPackEarly says that
 //    they do not). Where they turn out too large there is nothing left to weigh again: the warp multiplies once more.
 //
@@ -28,61 +28,43 @@ constexpr int kParts = HEAD_DIM / 64, kVParts = V_DIM / 64;  // a TMA box is 64 
 constexpr int kConsumers = kShape.consumers;                 // warpgroups of 64 rows
 constexpr int kRows = 64, kTileRows = ROWS, kKeys = kShape.keys, kStages = kShape.stages;
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128, kRoomyProducer = kConsumers == 2 && V_DIM <= 128;
-constexpr int kUnroll = kConsumers == 2 && !kRoomy ? 2 : 1,
-              kUnrollParts = kRoomy ? 1 : 4;  // of the producer's loops
-constexpr int kProducerRegisters = kRoomy ? 56 : kRoomyProducer ? 72 : kConsumers == 2 ? 40 : 32;
-constexpr int kConsumerRegisters = kConsumers == 2 ? (504 - kProducerRegisters) / 2 : 160;
+constexpr bool kRoomy = kConsumers == 2 && HEAD_DIM <= 128;
+constexpr int kPlanned = 4;  // steps kept written down
+constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 constexpr int kScores = kKeys / 2, kOuts = V_DIM / 2;  // accumulators of a thread
 // The softmax of a step runs beside the product of the step before, but for variants short of registers.
 constexpr bool kOverlap = !TRANSFORM || (kConsumers == 2 && V_DIM < 256);
 // Weights are packed while the product of the step before reads its own, where registers allow: steps then take turns
 // with two sets of them. After it otherwise.
 constexpr bool kPackEarly = kRoomy;
-// Values load a step behind their keys, as in FlashAttention-3: the next keys need not wait for the room of these
-// values.
-constexpr bool kLateValues = !kRoomy;
 constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
 
+template <int Size>
 struct Ring {
     int stage = 0;
     u32 parity = 0;
     __device__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++stage == Size) stage = 0, parity ^= 1;
     }
 };
 
-struct Work {                         // one consumer's share of a tile
+struct alignas(16) Work {             // a tile of one head, or one consumer's share of it
     int row0, row1, head, num_steps;  // num_steps < 0: no more work
-    u32 round;                        // tiles up to this one
 };
-struct Step {  // one k tile; keys from key0 on
-    int key0, end, lo, hi;
+struct alignas(16) Step {  // one k tile; keys from key0 on
+    int key0, kv_head;     // kv_head < 0: no more steps
+    int end, lo, hi;
     int row0, row1;
     int met[kConsumers];  // each consumer's TileClass, and from bit 2 on how many steps after this one are full for it
-};
-
-struct Item {  // a tile of one head
-    int head, row0, row1, first, num_slices, num_steps;
-};
-struct Walk {  // of the producer
-    Item item;
-    Slice slice;
-    Range keys, full[kConsumers];
-    int num_tiles, kv_head, index, steps_left;  // index: of the slice in the tile
-    int next_head, next, known;                 // of the next tile; known: how far it is looked up
-    u32 round;                                  // tiles so far
-    Ring v_ring;                                // late values: where those of key v_key0 and on go
-    int v_key0;                                 // < 0: all are on their way
 };
 
 struct Smem {
     u16 q[kConsumers][kParts][kRows * 64];
     u16 k[kStages][kParts][kKeys * 64], v[kStages][kVParts][kKeys * 64];
-    Step step[kStages];
-    Work work[kConsumers];
+    Step step[kStages], planned_step[kPlanned];
+    Work planned_tile, work[kConsumers];
     Work mine[kConsumers][4];  // a warp's copy until its rows are written, unless roomy
-    Walk walk;                 // likewise
+    u64 step_planned[kPlanned], step_taken[kPlanned], tile_planned, tile_taken;
     u64 q_full[kConsumers], q_free[kConsumers], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
 };
 
@@ -94,147 +76,127 @@ static_assert(sizeof(Smem) + 1024 <= kShape.smem() && kShape.smem() <= 227 * 102
 
 namespace magi {
 
-// ---- producer ----
+// ---- planner: a warp, of which a lane looks at each step for each consumer ----
 __device__ int4 tile_of(const ForwardArgs& a, int num_tiles, int work, int& head) {
-    work = min(work, num_tiles * a.num_heads - 1);
     const int section = work / (num_tiles * a.section_heads), first_head = section * a.section_heads;
     const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * num_tiles;
     head = first_head + at % heads;
     return __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
 }
-__device__ int first_of(const ForwardArgs& a, int4 tile) {
-    return a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
-}
-__device__ Item item_of(const ForwardArgs& a, int4 tile, int head) {
-    const int rows = a.table.cut ? (static_cast<u32>(tile.y) >> kRowsShift) + 1 : kTileRows;
-    return {head, tile.x, min(tile.x + rows, a.num_q), first_of(a, tile), tile.z, tile.w};
-}
 
-// First keys of the steps, in a walk from column col0 on, that are full for rows [row0, row1): begin, and past the
-// last.
-__device__ Range full_keys(const Slice& c, int row0, int row1, int col0) {
+// Which of the slice's steps, from column col0 on, are full for rows [row0, row1): the first, and past the last.
+__device__ Range full_steps(const Slice& c, int row0, int row1, int col0) {
     const int first = max(0, row1 - 1 + c.lo - col0), last = min(c.k1, row0 + c.hi + 1) - col0;
-    const int steps = c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0;
-    return {col0 + ceil_div(first, kKeys) * kKeys, col0 + steps * kKeys};
+    return {ceil_div(first, kKeys), c.q0 <= row0 && row1 <= c.q1 && last > 0 ? last / kKeys : 0};
 }
 
-__device__ void load_tiles(const ForwardArgs& a, Smem& s) {
-    wait_for_earlier_kernels();  // the one that builds the table
-    Walk own;
-    Walk& walk = kRoomyProducer ? own : s.walk;
-    walk.num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
-    const Item& item = walk.item;
-    const Slice& c = walk.slice;
-    Ring ring;
-    int work = blockIdx.x;
-    int4 next_tile = tile_of(a, walk.num_tiles, work, walk.next_head);
-    int4 slice_lo{}, slice_hi{};  // the next tile's first slice, where registers allow
-    auto read_first_slice = [&] {
-        const int first = first_of(a, next_tile);
-        if (!kRoomy || next_tile.z == 0 || first < 0) return;
-        const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first);
-        slice_lo = __ldg(entry), slice_hi = __ldg(entry + 1);
+__device__ void plan_tiles(const ForwardArgs& a, Smem& s) {
+    const int lane = threadIdx.x, w = min(lane, kConsumers - 1);
+    Ring<kPlanned> ring;
+    auto plan_tile = [&](const Work& tile) {
+        if (lane > 0) return;
+        s.planned_tile = tile;
+        barrier_arrive(s.tile_planned);
     };
-    read_first_slice();
-    for (walk.round = 0; work < walk.num_tiles * a.num_heads; ++walk.round) {
-        walk.item = item_of(a, next_tile, walk.next_head);
-        walk.kv_head = item.head / a.heads_per_kv;
-        // The next tile is reserved late, so that a block that runs behind leaves it to another, and looked up one
-        // thing at a time: each arrives while something else is done.
-        int own_next, own_known;
-        int &next = kRoomyProducer ? own_next : walk.next, &known = kRoomyProducer ? own_known : walk.known;
-        next = -1, known = 0;
-        walk.steps_left = item.num_steps;
-        auto look_ahead = [&] {
-            if (walk.steps_left > 4) return;
-            if (known == 0)
-                next = gridDim.x + atomicAdd(&a.table.header->next_work, 1);
-            else if (known == 1)
-                next_tile = tile_of(a, walk.num_tiles, next, walk.next_head);
-            else if (known == 2)
-                read_first_slice();
-            ++known;
-        };
-        auto load_q = [&] {
-#pragma unroll kUnroll
-            for (int w = 0; w < kConsumers; ++w) {
-                barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
-                s.work[w] = {item.row0 + kRows * w, item.row1, item.head, item.num_steps, walk.round + 1};
-                barrier_arrive_expect(s.q_full[w], item.num_steps ? sizeof(s.q[w]) : 0);
-#pragma unroll kUnrollParts
-                for (int h = 0; h < kParts && item.num_steps; ++h)
-                    tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, item.head, item.row0 + kRows * w);
-            }
-        };
-        auto load_v = [&](const Ring& at, int key0) {
-            barrier_wait(s.v_free[at.stage], at.parity ^ 1);
-            barrier_arrive_expect(s.v_full[at.stage], sizeof(s.v[0]));
-#pragma unroll kUnrollParts
-            for (int h = 0; h < kVParts; ++h)
-                tma_load(s.v[at.stage][h], a.v, s.v_full[at.stage], 64 * h, walk.kv_head, key0);
-        };
-        walk.v_key0 = -1;
-        bool q_loaded = item.num_steps == 0;
-        if (q_loaded) load_q();
-
-        for (walk.index = 0; walk.index < item.num_slices; ++walk.index) {
-            if (item.first >= 0) {
-                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + item.first + walk.index);
-                const bool here = kRoomy && walk.index == 0;
-                const int4 lo = here ? slice_lo : __ldg(entry), hi = here ? slice_hi : __ldg(entry + 1);
-                walk.slice = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y};
+    auto plan_step = [&](const Slice& c, int key0, int kv_head, int met) {
+        barrier_wait(s.step_taken[ring.stage], ring.parity ^ 1);
+        Step& step = s.planned_step[ring.stage];
+        step.met[w] = met;
+        if (lane == 0) {
+            step.key0 = key0, step.kv_head = kv_head, step.end = c.k1, step.lo = c.lo, step.hi = c.hi;
+            step.row0 = c.q0, step.row1 = c.q1;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(s.step_planned[ring.stage]);
+        ring.advance();
+    };
+    wait_for_earlier_kernels();  // the one that builds the table
+    const int num_tiles = a.table.cut ? __ldcg(&a.table.header->num_tiles) : a.table.num_tiles;
+    u32 parity = 0;
+    for (int work = blockIdx.x; work < num_tiles * a.num_heads; parity ^= 1) {
+        int head;
+        const int4 tile = tile_of(a, num_tiles, work, head);
+        const int row0 = tile.x, num_slices = tile.z;
+        const int first = a.table.cut ? tile.y & ((1 << kRowsShift) - 1) : tile.y;
+        const int rows = a.table.cut ? (static_cast<u32>(tile.y) >> kRowsShift) + 1 : kTileRows;
+        const int row1 = min(row0 + rows, a.num_q);
+        plan_tile({row0, row1, head, tile.w});
+        // From the last key down: under a causal mask the step that needs a mask is then the one that needs a first
+        // maximum, too.
+        for (int i = num_slices - 1; i >= 0; --i) {
+            Slice c;
+            if (first >= 0) {
+                const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first + i);
+                const int4 x = __ldg(entry), y = __ldg(entry + 1);
+                c = {x.x, x.y, x.z, x.w, y.x, y.y};
             } else {
-                walk.slice = table_slice(a.slices[walk.index], a.num_q, a.num_k, false);
+                c = table_slice(a.slices[i], a.num_q, a.num_k, false);
             }
-            walk.keys = tile_columns(c, item.row0, item.row1);
-#pragma unroll kUnroll
-            for (int w = 0; w < kConsumers; ++w)
-                walk.full[w] =
-                    full_keys(c, item.row0 + kRows * w, min(item.row0 + kRows * (w + 1), item.row1), walk.keys.begin);
-            int key0 = walk.keys.begin;
-            for (; key0 < walk.keys.end; key0 += kKeys, --walk.steps_left) {
-                look_ahead();
-                barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
-                Step& step = s.step[ring.stage];
-                step.key0 = key0, step.end = c.k1, step.lo = c.lo, step.hi = c.hi, step.row0 = c.q0, step.row1 = c.q1;
-#pragma unroll kUnroll
-                for (int w = 0; w < kConsumers; ++w) {
-                    const Range full = walk.full[w];
-                    const int run = key0 + kKeys >= full.begin ? max(0, (full.end - key0) / kKeys - 1) : 0;
-                    int met = kTileFull;
-                    if (key0 < full.begin || key0 >= full.end) {
-                        const int row0 = item.row0 + kRows * w;
-                        met = block_class(c, row0, min(row0 + kRows, item.row1), key0, kKeys);
-                    }
-                    step.met[w] = met | run << 2;
-                }
-                barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
-#pragma unroll kUnrollParts
-                for (int h = 0; h < kParts; ++h)
-                    tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, walk.kv_head, key0);
-                look_ahead();
-                if (!q_loaded)
-                    load_q();  // after the first keys: these need not wait for the previous tile's last product
-                q_loaded = true;
-                if constexpr (kLateValues) {
-                    if (walk.v_key0 >= 0) load_v(walk.v_ring, walk.v_key0);
-                    walk.v_ring = ring, walk.v_key0 = key0;
-                } else {
-                    load_v(ring, key0);
-                }
-                look_ahead();
-                ring.advance();
+            const Range keys = tile_columns(c, row0, row1);
+            const int row = row0 + kRows * w, row_end = min(row + kRows, row1);
+            const Range full = full_steps(c, row, row_end, keys.begin);
+            for (int at = num_steps(keys, kKeys) - 1; at >= 0; --at) {
+                const int key0 = keys.begin + at * kKeys;
+                int met = kTileFull;
+                if (at < full.begin || at >= full.end) met = block_class(c, row, row_end, key0, kKeys);
+                const int run = at > full.end ? 0 : max(0, at - full.begin);
+                plan_step(c, key0, head / a.heads_per_kv, met | run << 2);
             }
         }
-        if (kLateValues && walk.v_key0 >= 0) load_v(walk.v_ring, walk.v_key0);
-        while (known < 3) look_ahead();
-        work = next;
+        // Late, so that a block that runs behind leaves the next tile to another.
+        barrier_wait(s.tile_taken, parity);
+        work = gridDim.x + uniform(lane == 0 ? atomicAdd(&a.table.header->next_work, 1) : 0);
     }
+    plan_tile({0, 0, 0, -1});
+    plan_step({}, 0, -1, 0);
+}
+
+// ---- loaders: a thread each ----
+__device__ void load_keys(const ForwardArgs& a, Smem& s) {
+    Ring<kPlanned> next;
+    for (Ring<kStages> ring;; ring.advance(), next.advance()) {
+        barrier_wait(s.step_planned[next.stage], next.parity);
+        const Step step = s.planned_step[next.stage];
+        barrier_arrive(s.step_taken[next.stage]);
+        if (step.kv_head < 0) break;
+        barrier_wait(s.k_free[ring.stage], ring.parity ^ 1);
+        s.step[ring.stage] = step;
+        barrier_arrive_expect(s.k_full[ring.stage], sizeof(s.k[0]));
 #pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-        barrier_wait(s.q_free[w], (walk.round & 1) ^ 1);
-        s.work[w].num_steps = -1;
-        barrier_arrive(s.q_full[w]);
+        for (int h = 0; h < kParts; ++h)
+            tma_load(s.k[ring.stage][h], a.k, s.k_full[ring.stage], 64 * h, step.kv_head, step.key0);
+    }
+}
+__device__ void load_values(const ForwardArgs& a, Smem& s) {
+    Ring<kPlanned> next;
+    for (Ring<kStages> ring;; ring.advance(), next.advance()) {
+        barrier_wait(s.step_planned[next.stage], next.parity);
+        const int key0 = s.planned_step[next.stage].key0, kv_head = s.planned_step[next.stage].kv_head;
+        barrier_arrive(s.step_taken[next.stage]);
+        if (kv_head < 0) break;
+        barrier_wait(s.v_free[ring.stage], ring.parity ^ 1);
+        barrier_arrive_expect(s.v_full[ring.stage], sizeof(s.v[0]));
+#pragma unroll
+        for (int h = 0; h < kVParts; ++h)
+            tma_load(s.v[ring.stage][h], a.v, s.v_full[ring.stage], 64 * h, kv_head, key0);
+    }
+}
+__device__ void load_queries(const ForwardArgs& a, Smem& s) {
+    for (u32 round = 0;; ++round) {
+        barrier_wait(s.tile_planned, round & 1);
+        const Work tile = s.planned_tile;
+#pragma unroll 1
+        for (int w = 0; w < kConsumers; ++w) {
+            const int row0 = tile.row0 + kRows * w;
+            barrier_wait(s.q_free[w], (round & 1) ^ 1);
+            s.work[w] = {row0, tile.row1, tile.head, tile.num_steps};
+            barrier_arrive_expect(s.q_full[w], tile.num_steps > 0 ? sizeof(s.q[0]) : 0);
+#pragma unroll
+            for (int h = 0; h < kParts && tile.num_steps > 0; ++h)
+                tma_load(s.q[w][h], a.q, s.q_full[w], 64 * h, tile.head, row0);
+        }
+        if (tile.num_steps < 0) break;
+        barrier_arrive(s.tile_taken);
     }
 }
 
@@ -328,17 +290,16 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
         wgmma_commit();
     };
     auto met_at = [&](int stage) { return uniform(s.step[stage].met[w]); };
-    Ring ring;
+    Ring<kStages> ring;
     if (w == kConsumers - 1) pass_turn();  // consumer 0 goes first
     Work own_work;
     Work& work = kRoomy ? own_work : s.mine[w][threadIdx.x % 128 / 32];
     auto all_see_work = [] {
         if constexpr (!kRoomy) __syncwarp();
     };
-    if (!kRoomy && lane == 0) work.round = 0;
     for (u32 round = 0;; ++round) {
         all_see_work();
-        barrier_wait(s.q_full[w], (kRoomy ? round : work.round) & 1);
+        barrier_wait(s.q_full[w], round & 1);
         all_see_work();
         if (kRoomy || lane == 0) work = s.work[w];
         all_see_work();
@@ -419,7 +380,7 @@ __device__ void attend_tiles(const ForwardArgs& a, Smem& s, int w) {
             const bool first = kRoomy && left == steps;
             accept(weigh(mode_of(met), p), first);
             int full_left = fresh ? 0 : met >> 2;  // steps that need no look
-            Ring v_ring = ring;
+            Ring<kStages> v_ring = ring;
             ring.advance();
             // The next step: its scores beside the outputs of the step before, whose weights are in `from`. False where
             // the run ends.
@@ -492,12 +453,28 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_fwd(const __grid_c
             barrier_init(s.k_free[i], 4 * kConsumers);
             barrier_init(s.v_free[i], 4 * kConsumers);
         }
+        for (int i = 0; i < kPlanned; ++i) {
+            barrier_init(s.step_planned[i], 1);
+            barrier_init(s.step_taken[i], 2);
+        }
+        barrier_init(s.tile_planned, 1);
+        barrier_init(s.tile_taken, 1);
         barrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_shrink<kProducerRegisters>();
-        if (threadIdx.x == 0) load_tiles(a, s);
+        const int role = uniform(threadIdx.x / 32);
+        const bool leader = threadIdx.x % 32 == 0;
+        if (role == 0) {
+            plan_tiles(a, s);
+        } else if (role == 1) {
+            if (leader) load_keys(a, s);
+        } else if (role == 2) {
+            if (leader) load_values(a, s);
+        } else if (leader) {
+            load_queries(a, s);
+        }
     } else {
         registers_grow<kConsumerRegisters>();
         attend_tiles(a, s, uniform(threadIdx.x / 128) - 1);
