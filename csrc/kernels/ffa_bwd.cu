@@ -42,7 +42,8 @@ constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of 
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
 constexpr bool kFinishes = backward_finishes(kRows, DETERMINISTIC);
 constexpr int kPlanned = kFinishes ? 8 : 4;  // visits kept written down: storers that finish are late readers
-constexpr int kZeros = 128;                  // written by a lane at a time
+constexpr int kUp = 1 << 30;
+constexpr int kZeros = 128;                                     // written by a lane at a time
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
@@ -67,6 +68,7 @@ struct Plan {                                      // the planner's notes: it ha
     int tile_key0, tile_key1, first, num_slices;   // of the tile
     int slice, row0, row1, key0, key1, lo, hi;     // of one of its slices
     int visit_row, down;                           // the tile's walk goes from the last row to the first
+    int top;                                       // where it begins in a slice, kUp: at the first row
     const int* orders;                             // of the tile's visits, by block of rows
 };
 struct DqJob {  // a consumer's share of dq, for its storer
@@ -243,8 +245,15 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 plan.hi = x.hi + plan.tile_key0;
             }
             const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
+            // Tiles of a sliding window begin side by side but each at a row of its own; so that they visit the same
+            // rows at the same time all the same, each begins within its rows where the others do, and goes round.
+            plan.top = plan.down ? last : kUp;
+            if (!DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi)
+                plan.top = last - (from / kRows + last) % (last + 1) - 1;
             for (int block = 0; block <= last; ++block) {
-                plan.visit_row = from + (plan.down ? last - block : block) * kRows;
+                int at = plan.top == kUp ? block : plan.top - block;
+                if (at < 0) at += last + 1;
+                plan.visit_row = from + at * kRows;
 #pragma unroll 1
                 for (int h = 0; h < a.heads_per_kv; ++h) {
                     plan.head = plan.kv_head * a.heads_per_kv + h;
