@@ -16,10 +16,12 @@ TEST(BackwardOrder, RowsAreFinishedOnceByWorkAfterTheirTiles) {
         const auto draw = [&](int most) { return 1 + static_cast<int>(random() % most); };
         const int tiles = draw(40), heads = draw(30), section = draw(heads), blocks = draw(200);
         const FinishRing ring = finish_ring(tiles, section, heads, draw(132));
+        const Sections sections = sections_of(tiles, section, heads, ring.lag);
+        EXPECT_TRUE(sections.last_head % section == 0 && sections.last_head < heads);
         const int work = tiles * heads;
         std::vector<int> handed_out(heads), seen(work), finished(heads, work);  // the last of a head's work items
         for (int n = 0; n < work; ++n) {
-            const WorkItem x = work_item(n, tiles, section, heads);
+            const WorkItem x = work_item(n, tiles, sections, heads);
             ++seen.at(x.kv_head * tiles + x.tile);
             handed_out[x.kv_head] = n;
         }
@@ -31,7 +33,7 @@ TEST(BackwardOrder, RowsAreFinishedOnceByWorkAfterTheirTiles) {
                 EXPECT_LT(handed_out.at(done / blocks), n);
                 finished[done / blocks] = n;
             }
-            const int before = work_item(n, tiles, section, heads).kv_head - ring.heads;  // who had the slot
+            const int before = work_item(n, tiles, sections, heads).kv_head - ring.heads;  // who had the slot
             if (before < 0) continue;
             EXPECT_LT(finished[before], n);
             EXPECT_GE(done, (before + 1) * blocks);
@@ -61,9 +63,10 @@ TEST(BackwardOrder, TurnsComeWithAnyWalkAndAnyNumberOfBlocks) {
     for (unsigned seed = 0; seed < 60; ++seed) {
         std::mt19937 random(seed);
         const int num_q = 100 + random() % 1500, num_k = 100 + random() % 1500, rows = seed % 2 ? 64 : 80;
-        const int heads = 1 + random() % 5, section = 1 + random() % heads;
+        const int heads = 1 + random() % 5;
         const std::vector<Slice> slices = plan::random_bands(num_q, num_k, seed);
         const int tiles = ceil_div(num_k, kBackwardKeys), blocks = num_q / rows + 1, work = tiles * heads;
+        const Sections sections = sections_of(tiles, 1 + random() % heads, heads, random() % (2 * work));
         std::vector<std::vector<int>> visits(tiles), order(tiles);
         std::vector<int> before(blocks);
         for (int t = 0; t < tiles; ++t) {
@@ -80,7 +83,7 @@ TEST(BackwardOrder, TurnsComeWithAnyWalkAndAnyNumberOfBlocks) {
             bool busy = false;
             for (Worker& w : workers) {
                 while (!w.busy && next_work < work) {
-                    const WorkItem x = work_item(next_work++, tiles, section, heads);
+                    const WorkItem x = work_item(next_work++, tiles, sections, heads);
                     w = {x.tile, x.kv_head, 0, !visits[x.tile].empty()};
                 }
                 busy |= w.busy;

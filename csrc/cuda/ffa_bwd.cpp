@@ -18,38 +18,37 @@ int padded_dim(const AttentionShape& s) {
 }
 int tile_keys(const AttentionShape& s) { return is_wide(s) ? wide_shape(s).keys : kBackwardKeys; }
 
-// Tall visits pay where walks are long: measured, from slices of this many rows on. (What a mask looks like inside is
-// not known here.)
+// Tall visits pay where walks are long: measured, from slices of this many rows on.
 bool tall_visits(const BackwardParams& p) {
     const int long_slice = padded_dim(p.shape) == 64 ? 512 : 4096;
     return !is_wide(p.shape) && p.softcap == 0 && p.num_slices > 0 && p.shape.num_q / p.num_slices >= long_slice;
 }
-
-int visit_rows(const BackwardParams& p) {
-    return is_wide(p.shape) ? kBackwardWideRows : backward_rows(padded_dim(p.shape), tall_visits(p));
+// Unless bands make them short, which the table then says. (At head_dim 64 they are worth it that early.)
+bool table_decides(const BackwardParams& p) {
+    return tall_visits(p) && padded_dim(p.shape) == 128 && p.shape.num_k > 0;
 }
 
-// Of rows that ordered visits take turns on.
-int num_blocks(const BackwardParams& p) { return ceil_div(backward_rows_pad(p.shape.num_q), visit_rows(p)); }
-
-std::string variant(const BackwardParams& p) {
+std::string variant(const BackwardParams& p, int rows) {
     const AttentionShape& s = p.shape;
     return "ffa_bwd_d" + std::to_string(padded_dim(s)) +
            (is_wide(s) ? "_v" + std::to_string(wide_shape(s).v_dim) : "") +
            (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") + (p.softcap > 0 ? "_softcap" : "") +
-           (p.deterministic ? "_ordered" : "") + (tall_visits(p) ? "_tall" : "");
+           (p.deterministic ? "_ordered" : "") + (rows != 64 ? "_tall" : "");
 }
 
 // How the work is handed out: tiles by sections of heads, dq finished `lag` work items later, its sums in a ring.
 struct Schedule {
-    int rows, blocks, num_tiles, section_heads, waves, wave_tiles, lag, ring_heads;
+    int rows, blocks, num_tiles, waves, wave_tiles, lag, ring_heads;
+    int num_blocks;  // of rows that ordered visits take turns on
+    Sections sections;
     bool finishes;
 };
-Schedule schedule(const BackwardParams& p, int device) {
+Schedule schedule(const BackwardParams& p, int device, bool tall) {
     const AttentionShape& s = p.shape;
     const int64_t group = s.num_q_heads / std::max(1, s.num_kv_heads);
     Schedule x{};
-    x.rows = visit_rows(p);
+    x.rows = is_wide(s) ? kBackwardWideRows : backward_rows(padded_dim(s), tall);
+    x.num_blocks = ceil_div(backward_rows_pad(s.num_q), x.rows);
     x.finishes = !is_wide(s) && backward_finishes(x.rows, p.deterministic);
     x.num_tiles = ceil_div(s.num_k, tile_keys(s));
     const int64_t shares = x.finishes ? (int64_t)ceil_div(s.num_q, kFinishRows) * s.num_q_heads : 0;
@@ -65,24 +64,30 @@ Schedule schedule(const BackwardParams& p, int device) {
     constexpr int64_t kOrderedHeads = 16;
     const int64_t ordered_work = p.num_slices == 1 ? 512 : 4096, head_work = std::max<int64_t>(1, x.num_tiles * group);
     const int64_t ordered_heads = std::min(kOrderedHeads, (ordered_work + head_work - 1) / head_work);
-    x.section_heads = (int)std::clamp<int64_t>(p.deterministic ? ordered_heads : kCacheBytes / head_bytes, 1, heads);
+    const int section_heads =
+        (int)std::clamp<int64_t>(p.deterministic ? ordered_heads : kCacheBytes / head_bytes, 1, heads);
     // Tiles of one head that run side by side: see plan_visits.
-    x.waves = x.section_heads > 1 ? 1 : std::max(1, (x.num_tiles + sms / 2) / sms);
+    x.waves = section_heads > 1 ? 1 : std::max(1, (x.num_tiles + sms / 2) / sms);
     x.wave_tiles = x.waves > 1 ? sms : x.num_tiles;
-    const FinishRing ring = finish_ring(x.num_tiles, x.section_heads, (int)heads, x.blocks);
+    const FinishRing ring = finish_ring(x.num_tiles, section_heads, (int)heads, x.blocks);
     x.lag = ring.lag;
     x.ring_heads = x.finishes ? ring.heads : (int)heads;
+    // Heads with fewer tiles than blocks leave some idle at the end; a last section of a few rounds keeps them busy, but
+    // what is finished here must fit its lag. Heads that fill the blocks share rows better one by one.
+    const int64_t rounds = (int64_t)x.num_tiles * section_heads + 4LL * x.blocks;
+    const bool few = !is_wide(s) && 4LL * x.num_tiles <= 3LL * x.blocks;
+    x.sections = sections_of(x.num_tiles, section_heads, (int)heads, !few ? 0 : x.finishes ? x.lag : rounds);
     return x;
 }
 
-// The workspace, in order. What must be zero comes first and is one fill.
+// The workspace, in order. What must be zero comes first and is one fill, shorter if visits turn out not to be tall.
 struct Workspace {
-    size_t dq_sum, added, finished, turn, zeroed, lse, delta, table, order, total;
+    size_t added, finished, turn, dq_sum, zeroed, zeroed_tall, lse, delta, table, order, total;
 };
-Workspace layout(const BackwardParams& p, const Schedule& x) {
+Workspace layout(const BackwardParams& p, const Schedule& x, int ring_heads_tall) {
     const AttentionShape& s = p.shape;
-    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads, blocks = num_blocks(p);
-    const size_t slots = s.num_kv_heads ? heads / s.num_kv_heads * x.ring_heads : 0;
+    const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads;
+    const size_t slot = s.num_kv_heads ? heads / s.num_kv_heads * rows * padded_dim(s) * sizeof(float) : 0;
     Workspace w{};
     size_t at = 0;
     const auto take = [&](size_t bytes) {
@@ -90,37 +95,53 @@ Workspace layout(const BackwardParams& p, const Schedule& x) {
         at += (bytes + 255) / 256 * 256;
         return from;
     };
-    w.dq_sum = take(slots * rows * padded_dim(s) * sizeof(float));
     w.added = take(s.num_kv_heads * sizeof(int));
     w.finished = take(s.num_kv_heads * sizeof(int));
-    w.turn = take(p.deterministic ? heads * 2 * blocks * sizeof(int) : 0);
+    w.turn = take(p.deterministic ? heads * 2 * x.num_blocks * sizeof(int) : 0);
+    w.dq_sum = take(slot * x.ring_heads);
     w.zeroed = at;
+    take(slot * std::max(0, ring_heads_tall - x.ring_heads));
+    w.zeroed_tall = at;
     w.lse = take(heads * rows * sizeof(float));
     w.delta = take(heads * rows * sizeof(float));
     w.table = take(table_bytes(s.num_k, tile_keys(s), p.num_slices));
-    w.order = take(p.deterministic ? x.num_tiles * blocks * sizeof(int) : 0);
+    w.order = take(p.deterministic ? (size_t)x.num_tiles * x.num_blocks * sizeof(int) : 0);
     w.total = at;
     return w;
 }
 
+// What is launched: one way, or both where the table decides.
+struct Ways {
+    Schedule first, tall;
+    bool both;
+    Workspace at;
+};
+Ways ways(const BackwardParams& p, int device) {
+    Ways x{};
+    x.both = table_decides(p);
+    x.first = schedule(p, device, tall_visits(p) && !x.both);
+    x.tall = schedule(p, device, true);
+    x.at = layout(p, x.first, x.both ? x.tall.ring_heads : 0);
+    return x;
+}
+
 }  // namespace
 
-size_t backward_workspace(const BackwardParams& p, int device) { return layout(p, schedule(p, device)).total; }
+size_t backward_workspace(const BackwardParams& p, int device) { return ways(p, device).at.total; }
 
 void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     const AttentionShape& shape = p.shape;
     if (shape.num_q_heads == 0 || shape.num_q + shape.num_k == 0) return;
     void* stream = current_stream(device);
-    const Schedule plan = schedule(p, device);
-    const Workspace at = layout(p, plan);
+    const Ways plan = ways(p, device);
+    const Workspace& at = plan.at;
     char* base = static_cast<char*>(workspace);
     const auto ints = [&](size_t offset) { return reinterpret_cast<int*>(base + offset); };
     const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
     const int dim = padded_dim(shape), rows_pad = backward_rows_pad(shape.num_q);
-    const unsigned smem = is_wide(shape) ? wide_shape(shape).smem() : backward_smem(dim, plan.rows);
-    void* backward = kernel(variant(p), "ffa_bwd", device, smem);
     const TileTable table = build_tiles(base + at.table, p.slices, p.num_slices, shape.num_q, shape.num_k,
-                                        tile_keys(shape), plan.rows, true, device, stream);
+                                        tile_keys(shape), plan.first.rows, true, device, stream);
+    const Tile* const middle = plan.both ? table.tiles + table.num_tiles / 2 : nullptr;
     int* const order = p.deterministic ? ints(at.order) : nullptr;
     const BackwardPrepareArgs prepare{static_cast<const float*>(p.lse),
                                       static_cast<const float*>(p.delta),
@@ -129,14 +150,15 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
                                       shape.num_q,
                                       shape.num_q_heads,
                                       rows_pad,
+                                      middle,
                                       floats(0),
                                       (long long)(at.zeroed / sizeof(float)),
+                                      (long long)(at.zeroed_tall / sizeof(float)),
                                       table,
                                       p.slices,
                                       p.num_slices,
                                       shape.num_k,
-                                      num_blocks(p),
-                                      plan.rows,
+                                      plan.first.rows,
                                       order};
     launch(kernel("ffa_bwd_rows", "backward_prepare", device, 0),
            {(unsigned)(rows_pad / kPrepareRows), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream, prepare,
@@ -144,10 +166,6 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
 
     BackwardArgs a{};
     a.table = table;
-    if (shape.num_q > 0) {
-        a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, plan.rows);
-        a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, plan.rows);
-    }
     if (shape.num_k > 0) {
         a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, tile_keys(shape));
         a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, tile_keys(shape));
@@ -162,9 +180,7 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     a.head_dim = shape.head_dim;
     a.v_dim = shape.v_dim;
     a.rows_pad = rows_pad;
-    a.section_heads = plan.section_heads;
-    a.waves = plan.waves;
-    a.wave_tiles = plan.wave_tiles;
+    a.middle = middle;
     a.lse_log2 = floats(at.lse);
     a.delta = floats(at.delta);
     a.dq_sum = floats(at.dq_sum);
@@ -183,16 +199,29 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
     a.softcap = static_cast<float>(p.softcap);
     a.row_blocks = ceil_div(shape.num_q, kFinishRows);
-    a.lag = plan.lag;
-    a.ring_heads = plan.ring_heads;
     a.added = ints(at.added);
     a.finished = ints(at.finished);
     a.turn = ints(at.turn);
     a.order = order;
-    a.num_blocks = num_blocks(p);
-    launch(backward, {(unsigned)plan.blocks}, 384, smem, stream, a, /*overlap=*/true);
-    if (shape.num_q > 0 && !plan.finishes) {
+    const auto launch_way = [&](const Schedule& x) {
+        if (shape.num_q > 0) {
+            a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, x.rows);
+            a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, x.rows);
+        }
+        a.sections = x.sections;
+        a.waves = x.waves;
+        a.wave_tiles = x.wave_tiles;
+        a.lag = x.lag;
+        a.ring_heads = x.ring_heads;
+        a.num_blocks = x.num_blocks;
+        const unsigned smem = is_wide(shape) ? wide_shape(shape).smem() : backward_smem(dim, x.rows);
+        launch(kernel(variant(p, x.rows), "ffa_bwd", device, smem), {(unsigned)x.blocks}, 384, smem, stream, a, /*overlap=*/true);
+    };
+    launch_way(plan.first);
+    if (plan.both) launch_way(plan.tall);
+    if (shape.num_q > 0 && !(plan.both ? plan.tall : plan.first).finishes) {
         BackwardFinishArgs f{};
+        f.middle = plan.first.finishes ? middle : nullptr;
         f.dq = floats(at.dq_sum);
         f.dq_prev = p.dq_prev;
         f.out = p.dq.data;

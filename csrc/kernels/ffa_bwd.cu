@@ -31,6 +31,7 @@ using T = ELEMENT;
 constexpr int kHalves = HEAD_DIM / 64;  // a TMA box is 64 elements wide
 constexpr int kConsumers = 2;           // warpgroups of 64 keys
 constexpr int kKeys = kBackwardKeys, kRows = ROWS, kStages = kBackwardStages;
+constexpr bool kTall = kRows != backward_rows(HEAD_DIM, false);
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = HEAD_DIM == 128 ? 24 : kRows == 128 ? 40 : 72;
 constexpr int kConsumerRegisters = HEAD_DIM == 128 ? 240 : kRows == 128 ? 232 : 216;
@@ -67,7 +68,7 @@ struct Plan {                                      // the planner's notes: it ha
     int block0, block1, slots, complete, cleared;  // slots: from a head to its slot; heads known to be added, finished
     int tile_key0, tile_key1, first, num_slices;   // of the tile
     int slice, row0, row1, key0, key1, lo, hi;     // of one of its slices
-    int visit_row, down;                           // the tile's walk goes from the last row to the first
+    int down;                                      // the tile's walk goes from the last row to the first
     int top;                                       // where it begins in a slice, kUp: at the first row
     const int* orders;                             // of the tile's visits, by block of rows
 };
@@ -172,7 +173,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         bool empty = false;
         if (plan.next < num_tiles) {
             {
-                const WorkItem work = work_item(plan.next, a.table.num_tiles, a.section_heads, a.num_kv_heads);
+                const WorkItem work = work_item(plan.next, a.table.num_tiles, a.sections, a.num_kv_heads);
                 plan.index = work.tile;
                 plan.kv_head = work.kv_head;
             }
@@ -250,14 +251,18 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan.top = plan.down ? last : kUp;
             if (!DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi)
                 plan.top = last - (from / kRows + last) % (last + 1) - 1;
-            for (int block = 0; block <= last; ++block) {
-                int at = plan.top == kUp ? block : plan.top - block;
-                if (at < 0) at += last + 1;
-                plan.visit_row = from + at * kRows;
+            // Ordered ones cannot: they would wait for each other. But with a window's heads one after the other a tile
+            // comes to a row soon after the tile before it, whose turn is first anyway.
+            const bool heads_outside = DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
+            const int outer = heads_outside ? a.heads_per_kv : last + 1, inner = heads_outside ? last + 1 : a.heads_per_kv;
+            for (int i = 0; i < outer; ++i) {
 #pragma unroll 1
-                for (int h = 0; h < a.heads_per_kv; ++h) {
-                    plan.head = plan.kv_head * a.heads_per_kv + h;
-                    plan_visit(a, s, n++, plan.visit_row);
+                for (int j = 0; j < inner; ++j) {
+                    const int block = heads_outside ? j : i;
+                    int at = plan.top == kUp ? block : plan.top - block;
+                    if (at < 0) at += last + 1;
+                    plan.head = plan.kv_head * a.heads_per_kv + (heads_outside ? i : j);
+                    plan_visit(a, s, n++, from + at * kRows);
                 }
             }
         }
@@ -756,6 +761,10 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
         barrier_init_fence();
     }
     wait_for_earlier_kernels();
+    if (HEAD_DIM == 128 && a.middle) {
+        let_later_kernels_start();  // the other way's
+        if (long_walk(*a.middle) != kTall) return;
+    }
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_shrink<kProducerRegisters>();

@@ -20,7 +20,11 @@ constexpr int kBackwardKeys = 128, kBackwardStages = 2;
 constexpr int kFinishRows = 128;  // of dq, of one query head, finished at a time
 
 // Rows of a visit. More rows cost fewer bytes of shared memory each, as the keys are read once a visit, but more of
-// them are padding where walks are short: `tall` is for long ones. Registers bound it.
+// them are padding where walks are short: `tall` is for long ones. Registers bound it. The host sees how long slices
+// are, not how far a band reaches in them: where it would take tall visits at head_dim 128 it launches both ways, and
+// the tile in the middle of the table, which is sorted, says which one is to leave at once.
+constexpr int kLongWalk = 3072;  // rows
+MAGI_HD constexpr bool long_walk(const Tile& middle) { return middle.num_steps >= kLongWalk / 64; }
 constexpr int kMostRows = 128;
 MAGI_HD constexpr int backward_rows(int head_dim, bool tall) { return tall ? (head_dim == 64 ? 128 : 80) : 64; }
 
@@ -30,14 +34,26 @@ MAGI_HD constexpr bool backward_finishes(int rows, bool deterministic) { return 
 // Rows of the workspace: a visit may start at any row and reach past the end, and the last kFinishRows are read whole.
 MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kMostRows) * kMostRows + kMostRows; }
 
-// Work is handed out by sections of heads, in a section by ascending tiles, of a tile head by head.
+// Work is handed out by sections of heads, in a section by ascending tiles, of a tile head by head. The last section,
+// from last_head on, has more heads: tiles come heavy first, and nothing after it fills the blocks that end early.
+struct Sections {
+    int heads, last_head;
+};
 struct WorkItem {
     int tile, kv_head;
 };
-MAGI_HD constexpr WorkItem work_item(int n, int num_tiles, int section_heads, int num_kv_heads) {
-    const int first_head = n / (num_tiles * section_heads) * section_heads;
-    const int heads = min_of(section_heads, num_kv_heads - first_head), at = n - first_head * num_tiles;
+MAGI_HD constexpr WorkItem work_item(int n, int num_tiles, Sections sections, int num_kv_heads) {
+    const int first_head = min_of(n / (num_tiles * sections.heads) * sections.heads, sections.last_head);
+    const int heads = first_head < sections.last_head ? sections.heads : num_kv_heads - first_head;
+    const int at = n - first_head * num_tiles;
     return {at / heads, first_head + at % heads};
+}
+// The last one joins those whose tiles are at most `most` together.
+MAGI_HD constexpr Sections sections_of(int num_tiles, int section_heads, int num_kv_heads, long long most) {
+    const int usual = num_kv_heads > 0 ? (num_kv_heads - 1) / section_heads * section_heads : 0;
+    const long long heads = num_tiles > 0 ? most / num_tiles : num_kv_heads;
+    const int first = heads < num_kv_heads ? num_kv_heads - static_cast<int>(heads) : 0;
+    return {section_heads, min_of(usual, ceil_div(first, section_heads) * section_heads)};
 }
 
 // Blocks of dq rows that are finished before work item n: those of the heads before tile n - lag, and a share of its
@@ -52,7 +68,7 @@ MAGI_HD constexpr int blocks_before(int n, int lag, int num_tiles, int head_bloc
 
 // How far behind dq is finished, and for how many heads it has sums meanwhile: a head's tiles find their slot finished
 // by work handed out before them. Under a causal mask the heaviest tile takes as long as two others: a section and two
-// rounds of all thread blocks later all have ended.
+// rounds of all thread blocks later all have ended. The last section may have as many tiles.
 struct FinishRing {
     int lag, heads;
 };
@@ -107,7 +123,8 @@ struct BackwardArgs {
     int num_slices;
     int num_q, num_k, num_heads, num_kv_heads, heads_per_kv, head_dim, v_dim;
     int rows_pad;
-    int section_heads;      // kv heads worked on together, so that their rows stay in L2
+    const Tile* middle;     // decides whether this is the way that works, null: it is
+    Sections sections;      // kv heads worked on together, so that their rows stay in L2
     int waves, wave_tiles;  // of a head's tiles: how often all blocks take one, and how many that is
     const float* lse_log2;  // [heads, rows_pad]: lse * log2(e), +inf where lse is -inf
     const float* delta;     // [heads, rows_pad]
@@ -135,15 +152,17 @@ struct BackwardPrepareArgs {
     const float *lse, *delta;  // [num_q, num_heads]
     float *lse_log2, *delta_out;
     int num_q, num_heads, rows_pad;
-    float* zeros;  // to be zeroed, a multiple of 4 words
-    long long num_zeros;
+    const Tile* middle;  // where two ways are launched, or null
+    float* zeros;        // to be zeroed, a multiple of 4 words
+    long long num_zeros, num_zeros_tall;
     // Deterministic: the order of visits, from the table.
     TileTable table;
     const Slice* slices;
-    int num_slices, num_k, num_blocks, block_rows;
-    int* order;  // as above, or null
+    int num_slices, num_k, block_rows;  // block_rows of visits that are not tall, if there is a choice
+    int* order;                         // as above, or null
 };
 struct BackwardFinishArgs {
+    const Tile* middle;  // null, or of a table where there is nothing to do unless visits are tall
     const float* dq;  // workspace
     const void* dq_prev;
     void* out;

@@ -35,8 +35,8 @@ __device__ void transpose_stats(const BackwardPrepareArgs& a, Smem& s, int row0,
 }
 
 // Visits of each block of rows by all key tiles before each tile, in ascending key order. One block of rows.
-__device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_blocks = a.num_blocks;
+__device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block, int num_blocks, int block_rows) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int before = 0;
     for (int first = 0; first < a.table.num_tiles; first += kThreads) {
         const int t = first + threadIdx.x;
@@ -47,7 +47,7 @@ __device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block) {
             for (int e = 0; e < tile.num_slices; ++e) {
                 const Slice x = tile.first >= 0 ? a.table.pool[tile.first + e].slice
                                                 : table_slice(a.slices[e], a.num_q, a.num_k, true);
-                own += visits_block(tile_columns(x, tile.row0, key1), block, a.block_rows);
+                own += visits_block(tile_columns(x, tile.row0, key1), block, block_rows);
             }
         }
         int sum = own;
@@ -76,15 +76,18 @@ extern "C" __global__ __launch_bounds__(kThreads) void backward_prepare(const __
     for (int i = threadIdx.x; i < kZeros; i += kThreads) s.zeros[i] = 0;
     fence_async_shared();
     wait_for_earlier_kernels();
+    const bool tall = a.middle && long_walk(*a.middle);
     __syncthreads();
     if (threadIdx.x < 32) {
-        for (long long i = block * 32 + threadIdx.x; i * kZeros < a.num_zeros; i += blocks * 32) {
-            const long long left = a.num_zeros - i * kZeros;
+        const long long num_zeros = tall ? a.num_zeros_tall : a.num_zeros;
+        for (long long i = block * 32 + threadIdx.x; i * kZeros < num_zeros; i += blocks * 32) {
+            const long long left = num_zeros - i * kZeros;
             bulk_store(a.zeros + i * kZeros, s.zeros, static_cast<u32>(left < kZeros ? left : kZeros) * sizeof(float));
         }
     }
     for (int i = 0; i < kPrepareRows; i += 32) transpose_stats(a, s, blockIdx.x * kPrepareRows + i, blockIdx.y * 32);
-    if (a.order && blockIdx.y == 0 && blockIdx.x < a.num_blocks) order_visits(a, s, blockIdx.x);
+    const int block_rows = tall ? backward_rows(128, true) : a.block_rows, num_blocks = ceil_div(a.rows_pad, block_rows);
+    if (a.order && blockIdx.y == 0 && blockIdx.x < num_blocks) order_visits(a, s, blockIdx.x, num_blocks, block_rows);
     if (threadIdx.x < 32) bulk_wait();
 }
 
@@ -137,6 +140,7 @@ __device__ void finish(const BackwardFinishArgs& a) {
 }
 
 extern "C" __global__ __launch_bounds__(kThreads) void backward_finish(const __grid_constant__ BackwardFinishArgs a) {
+    if (a.middle && !long_walk(*a.middle)) return;
     if (a.is_float)
         finish<float>(a);
     else if (a.type == kElementBF16)

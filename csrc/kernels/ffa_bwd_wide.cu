@@ -126,7 +126,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         plan.tile_key0 = plan.tile_key1 = 0;
         if (!done) {
             {
-                const WorkItem work = work_item(next, a.table.num_tiles, a.section_heads, a.num_kv_heads);
+                const WorkItem work = work_item(next, a.table.num_tiles, a.sections, a.num_kv_heads);
                 plan.index = work.tile;
                 plan.kv_head = work.kv_head;
             }
