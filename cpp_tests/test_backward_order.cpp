@@ -18,7 +18,7 @@ TEST(BackwardOrder, RowsAreFinishedOnceByWorkAfterTheirTiles) {
         const FinishRing ring = finish_ring(tiles, section, heads, draw(132));
         const Sections sections = sections_of(tiles, section, heads, ring.lag);
         EXPECT_TRUE(sections.last_head % section == 0 && sections.last_head < heads);
-        const int work = tiles * heads;
+        const int work = tiles * heads, share = ceil_div(blocks, tiles);
         std::vector<int> handed_out(heads), seen(work), finished(heads, work);  // the last of a head's work items
         for (int n = 0; n < work; ++n) {
             const WorkItem x = work_item(n, tiles, sections, heads);
@@ -28,8 +28,8 @@ TEST(BackwardOrder, RowsAreFinishedOnceByWorkAfterTheirTiles) {
         EXPECT_EQ(seen, std::vector<int>(work, 1));
         int done = 0;
         for (int n = 0; n < work; ++n) {
-            EXPECT_EQ(blocks_before(n, ring.lag, tiles, blocks), done);
-            for (const int end = blocks_before(n + 1, ring.lag, tiles, blocks); done < end; ++done) {
+            EXPECT_EQ(blocks_before(n, ring.lag, tiles, blocks, share), done);
+            for (const int end = blocks_before(n + 1, ring.lag, tiles, blocks, share); done < end; ++done) {
                 EXPECT_LT(handed_out.at(done / blocks), n);
                 finished[done / blocks] = n;
             }

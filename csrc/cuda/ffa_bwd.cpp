@@ -33,7 +33,7 @@ std::string variant(const BackwardParams& p, int rows) {
     return "ffa_bwd_d" + std::to_string(padded_dim(s)) +
            (is_wide(s) ? "_v" + std::to_string(wide_shape(s).v_dim) : "") +
            (p.dtype == Dtype::kBF16 ? "_bf16" : "_f16") + (p.softcap > 0 ? "_softcap" : "") +
-           (p.deterministic ? "_ordered" : "") + (rows != 64 ? "_tall" : "");
+           (p.deterministic ? "_ordered" : "") + (rows != backward_rows(padded_dim(s), false) ? "_tall" : "");
 }
 
 // How the work is handed out: tiles by sections of heads, dq finished `lag` work items later, its sums in a ring.
@@ -49,7 +49,7 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     Schedule x{};
     x.rows = is_wide(s) ? kBackwardWideRows : backward_rows(padded_dim(s), tall);
     x.num_blocks = ceil_div(backward_rows_pad(s.num_q), x.rows);
-    x.finishes = !is_wide(s) && backward_finishes(x.rows, p.deterministic);
+    x.finishes = !is_wide(s) && backward_finishes(x.rows);
     x.num_tiles = ceil_div(s.num_k, tile_keys(s));
     const int64_t shares = x.finishes ? (int64_t)ceil_div(s.num_q, kFinishRows) * s.num_q_heads : 0;
     const int64_t work = std::max<int64_t>((int64_t)x.num_tiles * s.num_kv_heads, shares);
@@ -72,10 +72,11 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     const FinishRing ring = finish_ring(x.num_tiles, section_heads, (int)heads, x.blocks);
     x.lag = ring.lag;
     x.ring_heads = x.finishes ? ring.heads : (int)heads;
-    // Heads with fewer tiles than blocks leave some idle at the end; a last section of a few rounds keeps them busy, but
-    // what is finished here must fit its lag. Heads that fill the blocks share rows better one by one.
+    // Where walks differ, as under a causal mask, heads with fewer tiles than blocks leave some idle at the end; a last
+    // section of a few rounds keeps them busy, but what is finished here must fit its lag. Heads that fill the blocks
+    // share rows better one by one, and documents are short anyway.
     const int64_t rounds = (int64_t)x.num_tiles * section_heads + 4LL * x.blocks;
-    const bool few = !is_wide(s) && 4LL * x.num_tiles <= 3LL * x.blocks;
+    const bool few = !is_wide(s) && p.num_slices < 4 && 4LL * x.num_tiles <= 3LL * x.blocks;
     x.sections = sections_of(x.num_tiles, section_heads, (int)heads, !few ? 0 : x.finishes ? x.lag : rounds);
     return x;
 }
@@ -170,6 +171,11 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         a.k = heads_map(p.dtype, p.k, shape.num_k, shape.num_kv_heads, shape.head_dim, tile_keys(shape));
         a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, tile_keys(shape));
     }
+    a.grad_is_float = p.grad_dtype == Dtype::kF32;
+    if (shape.num_k > 0 && !a.grad_is_float) {
+        a.dk_map = heads_map(p.dtype, p.dk, shape.num_k, shape.num_kv_heads, shape.head_dim, 16);
+        a.dv_map = heads_map(p.dtype, p.dv, shape.num_k, shape.num_kv_heads, shape.v_dim, 16);
+    }
     a.slices = p.slices;
     a.num_slices = p.num_slices;
     a.num_q = shape.num_q;
@@ -194,11 +200,11 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     a.dk_head_stride = p.dk.head_stride;
     a.dv_row_stride = p.dv.row_stride;
     a.dv_head_stride = p.dv.head_stride;
-    a.grad_is_float = p.grad_dtype == Dtype::kF32;
     a.scale = static_cast<float>(p.softmax_scale);
     a.scale_log2 = static_cast<float>(p.softmax_scale * 1.4426950408889634);
     a.softcap = static_cast<float>(p.softcap);
     a.row_blocks = ceil_div(shape.num_q, kFinishRows);
+    a.share = ceil_div(a.row_blocks * a.heads_per_kv, std::max(1, table.num_tiles));
     a.added = ints(at.added);
     a.finished = ints(at.finished);
     a.turn = ints(at.turn);

@@ -1,7 +1,8 @@
 // Attention backward over band slices. A persistent block owns 128 keys of one kv head, walks the q rows of every slice
 // that touches them for every query head of the group, and writes dk and dv once (zeros where nobody attends): no
 // atomics on them, no second pass over heads. dq is summed in fp32 by bulk reduces into a workspace; between two tiles
-// the consumers finish a share of what earlier tiles added up (ffa_bwd.cuh).
+// the consumers finish a share of what earlier tiles added up (ffa_bwd.cuh), while dk and dv leave by TMA from where
+// their keys and values were, and the next ones arrive there.
 //
 // One thread plans visits of 64, 80 or 128 rows (ROWS), another streams their Q, dO, lse and delta by TMA, and two
 // warps add dq to the workspace; two consumer warpgroups own 64 keys each. S^T = K Q^T and dP^T = V dO^T are recomputed
@@ -16,8 +17,9 @@
 //
 // The same holds for sums. Item n finishes rows of head (n - lag) / tiles at the latest, all of whose tiles were handed
 // out before item n, as lag is at least a section; the head that had its tile's slot before is finished by items before
-// n, as the ring is that much longer (ffa_bwd.cpp). Planners wait, not consumers or storers: all visits of the block's
-// tile before are planned then, so that it ends, and its storers count it without waiting for the next item.
+// n, as the ring is that much longer (ffa_bwd.cpp). Planners wait for that, not consumers or storers: all visits of the
+// block's tile before are planned then, so that it ends, and its storers count it without waiting for the next item.
+// Where visits are ordered, too, both waits are for work handed out earlier, so the same argument holds for them.
 //
 // Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, SOFTCAP 0 or 1,
 // DETERMINISTIC 0 or 1, ROWS as backward_rows has them.
@@ -41,7 +43,7 @@ constexpr int kLseAhead = kRows == 128 ? kRows / 8 / kSteps : kRows / 8;  // pai
 constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;                  // accumulators of a thread
 constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of one consumer, 64 columns wide
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
-constexpr bool kFinishes = backward_finishes(kRows, DETERMINISTIC);
+constexpr bool kFinishes = backward_finishes(kRows);
 constexpr int kPlanned = kFinishes ? 8 : 4;  // visits kept written down: storers that finish are late readers
 constexpr int kUp = 1 << 30;
 constexpr int kZeros = 128;                                     // written by a lane at a time
@@ -110,13 +112,33 @@ __device__ __forceinline__ int first_row(int row) { return row - static_cast<u32
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
 __device__ __forceinline__ int blocks_before(const BackwardArgs& a, int n) {
-    return blocks_before(n, a.lag, a.table.num_tiles, a.row_blocks * a.heads_per_kv);
+    return blocks_before(n, a.lag, a.table.num_tiles, a.row_blocks * a.heads_per_kv, a.share);
+}
+
+// A consumer's share of a block of kFinishRows, as of a visit: half of the columns or half of the rows.
+constexpr int kShareRows = kHalves == 2 ? kFinishRows : kFinishRows / 2;
+
+__device__ __forceinline__ float* sums_of(const BackwardArgs& a, int block, int w) {
+    const int head = block / a.row_blocks, row0 = block % a.row_blocks * kFinishRows;
+    const int ring = a.ring_heads * a.heads_per_kv, slot = head - head / ring * ring;
+    const long long row =
+        kHalves == 2 ? (slot * 2LL + w) * a.rows_pad : static_cast<long long>(slot) * a.rows_pad + w * kShareRows;
+    return a.dq_sum + (row + row0) * 64;
 }
 
 // Waits until the first `heads` heads' counts are `all`; `known` remembers.
 __device__ __forceinline__ void wait_for_heads(const int* counts, int all, int heads, int& known) {
-    for (; known < heads; known = known + 1)
-        while (turn_read(counts + known) < all) __nanosleep(100);
+    if (known >= heads) return;
+    for (int head = known; head < heads;) {
+        const int one = turn_peek(counts + head);
+        const int next = turn_peek(counts + min(head + 1, heads - 1));  // both on their way at once
+        if (one < all)
+            __nanosleep(100);
+        else
+            head += next < all ? 1 : 2;
+    }
+    turns_acquire();
+    known = heads;
 }
 
 // Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
@@ -222,14 +244,21 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         if (kFinishes && empty) s.planned_item.load0 = a.num_k;
         barrier_arrive(s.item_planned);
         if (done) break;
+        if (kFinishes)  // sums of that long ago have left L2
+#pragma unroll 1
+            for (int block = plan.block0; block < plan.block1; ++block) {
+                const float* sums = sums_of(a, block, 0);
+                bulk_prefetch(sums, kShareRows * 64 * sizeof(float));
+                bulk_prefetch(sums + (kHalves == 2 ? a.rows_pad : kShareRows) * 64LL, kShareRows * 64 * sizeof(float));
+            }
         if (visits == 0) continue;
+        if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
         if (empty) {
             plan.head = plan.kv_head * a.heads_per_kv;
             plan.row0 = plan.row1 = plan.key0 = plan.key1 = plan.lo = plan.hi = 0;
             plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
             continue;
         }
-        if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
         // A block of rows is visited for all heads of the group while its rows are in L2, where other tiles visit it
         // too, and while ordered visits wait for one head, other heads' add up.
         for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
@@ -251,10 +280,12 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan.top = plan.down ? last : kUp;
             if (!DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi)
                 plan.top = last - (from / kRows + last) % (last + 1) - 1;
-            // Ordered ones cannot: they would wait for each other. But with a window's heads one after the other a tile
-            // comes to a row soon after the tile before it, whose turn is first anyway.
-            const bool heads_outside = DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
-            const int outer = heads_outside ? a.heads_per_kv : last + 1, inner = heads_outside ? last + 1 : a.heads_per_kv;
+            // Ordered ones cannot, as they would wait for each other; but with a window's heads one after the other a
+            // tile comes to a row soon after the tile before it, whose turn it is first anyway.
+            const bool heads_outside =
+                DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
+            const int outer = heads_outside ? a.heads_per_kv : last + 1;
+            const int inner = heads_outside ? last + 1 : a.heads_per_kv;
             for (int i = 0; i < outer; ++i) {
 #pragma unroll 1
                 for (int j = 0; j < inner; ++j) {
@@ -276,18 +307,23 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
     for (u32 item = 0;; ++item) {
         barrier_wait(s.item_planned, item & 1);
         int left = s.planned_item.num_visits;
-        barrier_wait(s.kv_free, (item & 1) ^ 1);
-        s.item = s.planned_item;
-        barrier_arrive_expect(s.kv_full, left > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
-        for (int h = 0; h < kHalves && left > 0; ++h) {
-            tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head,
-                     kFinishes ? s.planned_item.load0 : s.planned_item.key0);
-            tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head,
-                     kFinishes ? s.planned_item.load0 : s.planned_item.key0);
-        }
-        barrier_arrive(s.item_taken);
-        if (left < 0) break;
-        for (; left > 0; --left, ++n) {
+        const int visits = left;
+        for (;;) {
+            // Keys and values come second: their place is free later than that of the first visit's rows.
+            if (left == visits - 1 || visits <= 0) {
+                barrier_wait(s.kv_free, (item & 1) ^ 1);
+                s.item = s.planned_item;
+                barrier_arrive_expect(s.kv_full, visits > 0 ? sizeof(s.k) + sizeof(s.v) : 0);
+#pragma unroll 1
+                for (int h = 0; h < kHalves && visits > 0; ++h) {
+                    tma_load(s.k[h], a.k, s.kv_full, 64 * h, s.planned_item.kv_head,
+                             kFinishes ? s.planned_item.load0 : s.planned_item.key0);
+                    tma_load(s.v[h], a.v, s.kv_full, 64 * h, s.planned_item.kv_head,
+                             kFinishes ? s.planned_item.load0 : s.planned_item.key0);
+                }
+                barrier_arrive(s.item_taken);
+            }
+            if (left <= 0) break;
             asm volatile("" : "+r"(n));  // addresses are computed afresh: there are no registers to keep them
             const int stage = n % kStages;
             const u32 parity = (n / kStages & 1) ^ 1;
@@ -308,23 +344,14 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
                 tma_load(s.dout[stage][h], a.dout, s.dout_full[stage], 64 * h, visit.head, visit.row0);
             bulk_load(s.delta[stage], a.delta + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
                       sizeof(s.delta[0]), s.dout_full[stage]);
+            --left, ++n;
         }
+        if (left < 0) break;
     }
 }
 
 // ---- storers: one warp a consumer adds its dq tiles to the workspace
 // ----------------------------------------------------------------------------------------------------------------
-// A consumer's share of a block of kFinishRows, as of a visit: half of the columns or half of the rows.
-constexpr int kShareRows = kHalves == 2 ? kFinishRows : kFinishRows / 2;
-
-__device__ __forceinline__ float* sums_of(const BackwardArgs& a, int block, int w) {
-    const int head = block / a.row_blocks, row0 = block % a.row_blocks * kFinishRows;
-    const int ring = a.ring_heads * a.heads_per_kv, slot = head - head / ring * ring;
-    const long long row =
-        kHalves == 2 ? (slot * 2LL + w) * a.rows_pad : static_cast<long long>(slot) * a.rows_pad + w * kShareRows;
-    return a.dq_sum + (row + row0) * 64;
-}
-
 // At the end of a tile: zeros where blocks of rows were finished before it, for the head that has the slot next; then
 // the tile and the blocks count. Who sees what:
 // - Adds and zeros are bulk copies. The lane that issued them waits until they are done, the warp meets, and lane 0's
@@ -336,7 +363,7 @@ __device__ __forceinline__ float* sums_of(const BackwardArgs& a, int block, int 
 __device__ __forceinline__ void end_tile(const BackwardArgs& a, Smem& s, int w, const TileEnd& end) {
     const int lane = threadIdx.x % 32;
     auto reused = [&](int block) { return block / a.row_blocks + a.ring_heads * a.heads_per_kv < a.num_heads; };
-    if (end.block0 < end.block1) fence_async();
+    if (end.block0 < end.block1) fence_async_global();
 #pragma unroll 1
     for (int block = end.block0; block < end.block1; ++block)
         for (int i = lane * kZeros; reused(block) && i < kShareRows * 64; i += 32 * kZeros)
@@ -388,15 +415,22 @@ __device__ void store_and_count(const BackwardArgs& a, Smem& s, int w) {
         // Its place is taken by visit n + kPlanned, when the consumers are past what this warp has yet to store.
         const Visit& visit = s.visit[n % kPlanned];
         const bool ends = visit.tile_ends;
+        int* const turn = a.turn + (visit.head * 2 + w) * a.num_blocks + visit.row0 / kRows;
         if (leader) {
+            if (DETERMINISTIC)
+                while (turn_read(turn) < visit.order) __nanosleep(20);  // see store_dq
             const long long row = kHalves == 2 ? (visit.slot * 2LL + w) * a.rows_pad
                                                : static_cast<long long>(visit.slot) * a.rows_pad + w * kDqRows;
             bulk_add(a.dq_sum + (row + visit.row0) * 64, s.dq[w], kBulkBytes);
             bulk_wait_read();
         }
         __syncwarp();
-        if (ends) end_tile(a, s, w, visit.end);
         named_arrive(kDqFree + w, 160);
+        if (DETERMINISTIC && leader) {
+            bulk_wait();
+            turn_pass(turn);
+        }
+        if (ends) end_tile(a, s, w, visit.end);  // consumers are at most two visits ahead: it is not written over
     }
 }
 
@@ -462,7 +496,7 @@ __device__ __forceinline__ void write_keys(const BackwardArgs& a, const Item& it
     for (int e = 0; e < 2; ++e) {
         const bool valid = key + 8 * e < item.num_keys;
         const long long at = (item.key0 + key + 8 * e) * row_stride + item.kv_head * head_stride;
-        if (a.grad_is_float) {
+        if (kFinishes || a.grad_is_float) {  // the others are staged, see below
             float* out = static_cast<float*>(to) + at + lane % 4 * 2;
 #pragma unroll
             for (int i = 2 * e; i < kOuts; i += 4)
@@ -481,6 +515,19 @@ __device__ __forceinline__ void write_keys(const BackwardArgs& a, const Item& it
                 if (valid && c < dim) *reinterpret_cast<uint4*>(out + c) = make_uint4(x[0], x[1], x[2], x[3]);
             }
         }
+    }
+}
+
+// A warp's 16 keys of dk or dv go to where its keys or values were, swizzled as those, and from there by TMA, while dq
+// is finished. (Where it is not, nothing would hide that the next keys are loaded later.)
+__device__ __forceinline__ void stage_keys(u32 to, float scale, float (&d)[kOuts]) {
+    const int lane = threadIdx.x % 32, row = lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int x = 0; x < HEAD_DIM / 16; ++x) {
+        u32 m[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) m[e] = pack<T>(d[8 * x + 2 * e] * scale, d[8 * x + 2 * e + 1] * scale);
+        store_matrices(to + x / 4 * kKeys * 128 + row * 128 + ((x % 4 * 2 + lane / 16 ^ row % 8) << 4), m);
     }
 }
 
@@ -722,13 +769,40 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
             release(s.q_free[stage]);
         }
         const Item item = s.item;
-        release(s.kv_free);
-        if (!kFinishes || item.num_keys > 0) {
+        if (!kFinishes) release(s.kv_free);
+        if (kFinishes && !a.grad_is_float) {
+            if (item.num_keys > 0) {
+                named_sync(kDsReady, 256);  // the other consumer has read these keys, too
+                const u32 to = keys + thread / 32 * 2048;
+                stage_keys(to, a.scale, dk);
+                stage_keys(to + sizeof(s.k), 1.f, dv);
+                fence_async_shared();
+                __syncwarp();
+                if (lane == 0) {
+#pragma unroll
+                    for (int h = 0; h < kHalves; ++h) {
+                        const int key0 = item.key0 + 64 * w + thread / 32 * 16;
+                        tma_store(a.dk_map, to + h * sizeof(s.k[0]), 64 * h, item.kv_head, key0);
+                        tma_store(a.dv_map, to + sizeof(s.k) + h * sizeof(s.v[0]), 64 * h, item.kv_head, key0);
+                    }
+                    bulk_commit();
+                }
+            }
+        } else if (!kFinishes || item.num_keys > 0) {
             write_keys(a, item, key, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
             write_keys(a, item, key, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
         }
-        if (kFinishes) next_item();
+        if (kFinishes) {
+            auto release_keys = [&] {
+                if (lane == 0) bulk_wait_read();
+                release(s.kv_free);
+            };
+            if (SOFTCAP) release_keys();  // earlier than it is read, for registers
+            next_item();
+            if (!SOFTCAP) release_keys();
+        }
     }
+    if (kFinishes && lane == 0) bulk_wait();
     named_sync(kDqFree + w, 160);
     if (thread == 0) {
         s.no_more[w] = 1;

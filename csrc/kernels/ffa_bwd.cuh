@@ -28,8 +28,8 @@ MAGI_HD constexpr bool long_walk(const Tile& middle) { return middle.num_steps >
 constexpr int kMostRows = 128;
 MAGI_HD constexpr int backward_rows(int head_dim, bool tall) { return tall ? (head_dim == 64 ? 128 : 80) : 64; }
 
-// Whether the main kernel finishes dq. Tall visits have no registers to spare, and ordered ones wait for each other.
-MAGI_HD constexpr bool backward_finishes(int rows, bool deterministic) { return rows == 64 && !deterministic; }
+// Whether the main kernel finishes dq. Tall visits have no registers to spare.
+MAGI_HD constexpr bool backward_finishes(int rows) { return rows == 64; }
 
 // Rows of the workspace: a visit may start at any row and reach past the end, and the last kFinishRows are read whole.
 MAGI_HD constexpr int backward_rows_pad(int num_q) { return ceil_div(num_q, kMostRows) * kMostRows + kMostRows; }
@@ -56,14 +56,13 @@ MAGI_HD constexpr Sections sections_of(int num_tiles, int section_heads, int num
     return {section_heads, min_of(usual, ceil_div(first, section_heads) * section_heads)};
 }
 
-// Blocks of dq rows that are finished before work item n: those of the heads before tile n - lag, and a share of its
-// own head's, as the head's blocks are spread over its tiles. All tiles of these heads are handed out before n.
-MAGI_HD constexpr int blocks_before(int n, int lag, int num_tiles, int head_blocks) {
+// Blocks of dq rows that are finished before work item n: those of the heads before tile n - lag, and of its own head's
+// a share for every tile before it. All tiles of these heads are handed out before n.
+MAGI_HD constexpr int blocks_before(int n, int lag, int num_tiles, int head_blocks, int share) {
     n -= lag;
     if (n <= 0) return 0;
     const int head = n / num_tiles;
-    return head * head_blocks +
-           static_cast<int>(static_cast<long long>(n - head * num_tiles) * head_blocks / num_tiles);
+    return head * head_blocks + min_of((n - head * num_tiles) * share, head_blocks);
 }
 
 // How far behind dq is finished, and for how many heads it has sums meanwhile: a head's tiles find their slot finished
@@ -118,7 +117,8 @@ MAGI_HD constexpr int backward_wide_shape(int head_dim, int v_dim) {
 
 struct BackwardArgs {
     TensorMap q, k, v, dout;
-    TileTable table;  // transposed: tiles of keys
+    TensorMap dk_map, dv_map;  // boxes of a warp's keys; unless grad_is_float
+    TileTable table;           // transposed: tiles of keys
     const Slice* slices;
     int num_slices;
     int num_q, num_k, num_heads, num_kv_heads, heads_per_kv, head_dim, v_dim;
@@ -136,6 +136,7 @@ struct BackwardArgs {
     float scale, scale_log2, softcap;
     // Finishing dq, see above.
     int row_blocks;  // of kFinishRows, of a query head
+    int share;       // of a head's, finished by one work item
     int lag;         // work items
     int ring_heads;  // kv heads that have slots
     int* added;      // [kv heads], zeroed: tiles added, counted by each consumer's storer
@@ -163,7 +164,7 @@ struct BackwardPrepareArgs {
 };
 struct BackwardFinishArgs {
     const Tile* middle;  // null, or of a table where there is nothing to do unless visits are tall
-    const float* dq;  // workspace
+    const float* dq;     // workspace
     const void* dq_prev;
     void* out;
     long long out_row_stride, out_head_stride;

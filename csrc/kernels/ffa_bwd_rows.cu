@@ -86,7 +86,8 @@ extern "C" __global__ __launch_bounds__(kThreads) void backward_prepare(const __
         }
     }
     for (int i = 0; i < kPrepareRows; i += 32) transpose_stats(a, s, blockIdx.x * kPrepareRows + i, blockIdx.y * 32);
-    const int block_rows = tall ? backward_rows(128, true) : a.block_rows, num_blocks = ceil_div(a.rows_pad, block_rows);
+    const int block_rows = tall ? backward_rows(128, true) : a.block_rows;
+    const int num_blocks = ceil_div(a.rows_pad, block_rows);
     if (a.order && blockIdx.y == 0 && blockIdx.x < num_blocks) order_visits(a, s, blockIdx.x, num_blocks, block_rows);
     if (threadIdx.x < 32) bulk_wait();
 }

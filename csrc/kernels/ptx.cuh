@@ -53,6 +53,13 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, u64& b
         "l"(&map), "r"(smem_addr(&bar)), "r"(dim), "r"(head), "r"(row)
         : "memory");
 }
+// The other way, as part of the calling thread's group; cells outside the tensor are left out.
+__device__ __forceinline__ void tma_store(const TensorMap& map, u32 src, int dim, int head, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+                 "r"(src), "r"(dim), "r"(head), "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Contiguous bytes, a multiple of 16, both sides 16-byte aligned.
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, u32 bytes, u64& bar) {
     asm volatile(
@@ -74,6 +81,10 @@ __device__ __forceinline__ void bulk_store(void* dst, const void* src, u32 bytes
                  "r"(smem_addr(src)), "r"(bytes)
                  : "memory");
 }
+// Asks for bytes that will be read soon.
+__device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
+}
 // Until the thread's groups, all but the last Pending, have read their source; until they are done.
 template <int Pending = 0>
 __device__ __forceinline__ void bulk_wait_read() {
@@ -83,8 +94,8 @@ __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_g
 // Ordinary stores to shared memory become visible to wgmma and bulk copies; then a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Ordinary accesses to any memory before it, bulk copies after it.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Ordinary accesses to global memory before it, bulk copies after it.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // threadIdx.x, read where it is needed and not kept in a register.
 __device__ __forceinline__ u32 thread_index() {
@@ -155,10 +166,19 @@ __device__ __forceinline__ int turn_read(const int* turn) {
     return x;
 }
 __device__ __forceinline__ void turn_pass(int* turn) {
-    asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 // The same for several counters: what came before the fence is seen by who reads a count that came after it.
-__device__ __forceinline__ void turns_fence() { asm volatile("fence.proxy.async;\nfence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void turns_fence() {
+    asm volatile("fence.proxy.async.global;\nfence.acq_rel.gpu;" ::: "memory");
+}
+// The other side: reads of several counters, and a fence once they are what was waited for.
+__device__ __forceinline__ int turn_peek(const int* turn) {
+    int x;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(turn) : "memory");
+    return x;
+}
+__device__ __forceinline__ void turns_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void turn_count(int* turn) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
