@@ -221,7 +221,8 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         a.ring_heads = x.ring_heads;
         a.num_blocks = x.num_blocks;
         const unsigned smem = is_wide(shape) ? wide_shape(shape).smem() : backward_smem(dim, x.rows);
-        launch(kernel(variant(p, x.rows), "ffa_bwd", device, smem), {(unsigned)x.blocks}, 384, smem, stream, a, /*overlap=*/true);
+        launch(kernel(variant(p, x.rows), "ffa_bwd", device, smem), {(unsigned)x.blocks}, 384, smem, stream, a,
+               /*overlap=*/true);
     };
     launch_way(plan.first);
     if (plan.both) launch_way(plan.tall);
