@@ -97,18 +97,14 @@ struct Smem {
 };
 static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM, kRows) && kStages == 2);
 
+}  // namespace magi
+
+#include "ffa_bwd_plan.cuh"
+
+namespace magi {
+
 // ---- planner: one thread walks the tiles' slices, a little ahead of the loads
 // -----------------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int i) {
-    if (first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, true);
-    const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first + i);
-    const int4 x = __ldg(entry), y = __ldg(entry + 1);
-    return {x.x, x.y, x.z, x.w, y.x, y.y};
-}
-
-// Where the visits of a slice begin whose first row is this one.
-__device__ __forceinline__ int first_row(int row) { return row - static_cast<u32>(row) % kRowAlign; }
-
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
 __device__ __forceinline__ int blocks_before(const BackwardArgs& a, int n) {
@@ -155,16 +151,7 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
         visit.tile_ends = plan.left == 0;
         if (plan.left == 0) visit.end = {plan.kv_head, plan.block0, plan.block1, 0};
     }
-    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
-    visit.first = plan.row0 - row0;
-    visit.last = min(plan.row1 - row0, kRows);
-    visit.key0 = plan.key0;
-    visit.key1 = plan.key1;
-    const int lo = row0 - plan.hi, hi = row0 - plan.lo;  // of key - row within the tile
-    visit.lo = lo;
-    visit.hi = hi;
-    visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
-    if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
+    describe_cells(plan, row0, visit);
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
@@ -194,31 +181,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         int visits = done ? -1 : 0;
         bool empty = false;
         if (plan.next < num_tiles) {
-            {
-                const WorkItem work = work_item(plan.next, a.table.num_tiles, a.sections, a.num_kv_heads);
-                plan.index = work.tile;
-                plan.kv_head = work.kv_head;
-            }
-            // Tiles that begin together come down from the last row. Under a causal mask they end one after the
-            // other, each at its first row; the next ones go up from there and meet those that began before them,
-            // so that all blocks visit the same rows at the same time, while these are in L2. Waves of tiles, or
-            // heads where all tiles are one wave, therefore take turns. Ordered visits all go down, from the last slice
-            // to the first: where slices come by ascending rows, as masks make them, tiles of a document then come to
-            // a block of rows in the order of their keys. (Any walk is right, and waits only for tiles before; but from
-            // the first slice on, each tile of a block-causal document waits for the whole walk of the one before.)
-            {
-                int wave = plan.kv_head * a.waves;
-                for (int i = plan.index; i >= a.wave_tiles; i -= a.wave_tiles) ++wave;
-                plan.down = DETERMINISTIC || wave % 2 == 0;
-            }
-            {
-                const int4 tile =
-                    __ldg(reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
-                plan.tile_key0 = tile.x;
-                plan.tile_key1 = min(tile.x + kKeys, a.num_k);
-                plan.first = tile.y;
-                plan.num_slices = tile.z;
-            }
+            find_tile(a, plan, plan.next);
             if (kFinishes) {
                 plan.slots = (plan.kv_head % a.ring_heads - plan.kv_head) * a.heads_per_kv;
                 if (plan.kv_head >= a.ring_heads)
@@ -262,18 +225,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         // A block of rows is visited for all heads of the group while its rows are in L2, where other tiles visit it
         // too, and while ordered visits wait for one head, other heads' add up.
         for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
-            {
-                const int i = plan.down ? plan.num_slices - 1 - plan.slice : plan.slice;
-                const Slice x = slice_at(a, plan.first, i);  // transposed: its rows are keys
-                const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
-                if (rows.begin >= rows.end) continue;
-                plan.row0 = rows.begin;
-                plan.row1 = rows.end;
-                plan.key0 = max(x.q0 - plan.tile_key0, 0);
-                plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
-                plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
-                plan.hi = x.hi + plan.tile_key0;
-            }
+            if (!enter_slice(a, plan)) continue;
             const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
             // Tiles of a sliding window begin side by side but each at a row of its own; so that they visit the same
             // rows at the same time all the same, each begins within its rows where the others do, and goes round.

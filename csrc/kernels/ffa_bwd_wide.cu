@@ -83,18 +83,14 @@ struct Ring {
     }
 };
 
+}  // namespace magi
+
+#include "ffa_bwd_plan.cuh"
+
+namespace magi {
+
 // ---- planner: one thread walks the tiles' slices, a little ahead of the loads
 // -----------------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int i) {
-    if (first < 0) return table_slice(a.slices[i], a.num_q, a.num_k, true);
-    const int4* entry = reinterpret_cast<const int4*>(a.table.pool + first + i);
-    const int4 x = __ldg(entry), y = __ldg(entry + 1);
-    return {x.x, x.y, x.z, x.w, y.x, y.y};
-}
-
-// Where the visits of a slice begin whose first row is this one.
-__device__ __forceinline__ int first_row(int row) { return row - static_cast<u32>(row) % kRowAlign; }
-
 // Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
 __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
     Plan& plan = s.plan;
@@ -103,16 +99,7 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
     Visit& visit = s.visit[n % kPlanned];
     visit.row0 = row0;
     visit.head = plan.head;
-    bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
-    visit.first = plan.row0 - row0;
-    visit.last = min(plan.row1 - row0, kRows);
-    visit.key0 = plan.key0;
-    visit.key1 = plan.key1;
-    const int lo = row0 - plan.hi, hi = row0 - plan.lo;  // of key - row within the tile
-    visit.lo = lo;
-    visit.hi = hi;
-    visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
-    if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
+    describe_cells(plan, row0, visit);
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
@@ -125,24 +112,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         int visits = done ? -1 : 0;
         plan.tile_key0 = plan.tile_key1 = 0;
         if (!done) {
-            {
-                const WorkItem work = work_item(next, a.table.num_tiles, a.sections, a.num_kv_heads);
-                plan.index = work.tile;
-                plan.kv_head = work.kv_head;
-            }
-            {  // see plan_visits of ffa_bwd.cu
-                int wave = plan.kv_head * a.waves;
-                for (int i = plan.index; i >= a.wave_tiles; i -= a.wave_tiles) ++wave;
-                plan.down = DETERMINISTIC || wave % 2 == 0;
-            }
-            {
-                const int4 tile =
-                    __ldg(reinterpret_cast<const int4*>(DETERMINISTIC ? a.table.unsorted : a.table.tiles) + plan.index);
-                plan.tile_key0 = tile.x;
-                plan.tile_key1 = min(tile.x + kKeys, a.num_k);
-                plan.first = tile.y;
-                plan.num_slices = tile.z;
-            }
+            find_tile(a, plan, next);
             for (int i = 0; i < plan.num_slices; ++i) {
                 const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
                 if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
@@ -157,18 +127,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
         // A block of rows is visited for all heads of the group while its rows are in L2.
         for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
-            {
-                const int i = plan.down ? plan.num_slices - 1 - plan.slice : plan.slice;
-                const Slice x = slice_at(a, plan.first, i);  // transposed: its rows are keys
-                const Range rows = tile_columns(x, plan.tile_key0, plan.tile_key1);
-                if (rows.begin >= rows.end) continue;
-                plan.row0 = rows.begin;
-                plan.row1 = rows.end;
-                plan.key0 = max(x.q0 - plan.tile_key0, 0);
-                plan.key1 = min(x.q1 - plan.tile_key0, kKeys);
-                plan.lo = x.lo + plan.tile_key0;  // bounds of row - (key - tile_key0)
-                plan.hi = x.hi + plan.tile_key0;
-            }
+            if (!enter_slice(a, plan)) continue;
             const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
             for (int block = 0; block <= last; ++block) {
                 plan.visit_row = from + (plan.down ? last - block : block) * kRows;
