@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import re
 
 import pytest
 
@@ -21,15 +22,20 @@ def test_variant_compiles_without_spills(name):
 
 
 def test_variants_are_the_sizes_of_the_headers(tmp_path):
-    """jit.py repeats kForwardShapes and backward_rows: compiled here, a size that differs is an error."""
+    """jit.py repeats the headers' shapes and backward_rows: compiled here, a size that differs is an error."""
     macros = [(name, dict(v.defines)) for name, v in jit.VARIANTS.items()]
     forward = {(m["HEAD_DIM"], m["V_DIM"], m["ROWS"]) for name, m in macros if name.startswith("ffa_fwd_")}
     checks = [f"sizeof(kForwardShapes) == {len(forward)} * sizeof(ForwardShape)"]
     for dim, v_dim, rows in forward:
         shape = f"forward_shape({dim}, {v_dim}, {rows})"
         checks.append(f"{shape}.head_dim == {dim} && {shape}.v_dim == {v_dim} && {shape}.rows() == {rows}")
+    wide = {(m["SHAPE"], *re.match(r"ffa_bwd_d(\d+)_v(\d+)", name).groups()) for name, m in macros if "SHAPE" in m}
+    checks.append(f"sizeof(kBackwardWideShapes) == {len(wide)} * sizeof(BackwardWideShape)")
+    for shape, dim, v_dim in wide:
+        row = f"kBackwardWideShapes[{shape}]"
+        checks.append(f"{row}.head_dim == {dim} && {row}.v_dim == {v_dim}")
     for name, m in macros:
-        if name.startswith("ffa_bwd_d"):
+        if name.startswith("ffa_bwd_d") and "SHAPE" not in m:
             checks.append(f"backward_rows({m['HEAD_DIM']}, {'true' if '_tall' in name else 'false'}) == {m['ROWS']}")
     source = tmp_path / "sizes.cu"
     lines = [f'static_assert({check}, "{check}");' for check in checks]
