@@ -98,11 +98,12 @@ def suite(direction: str) -> list[Case]:
         cases = [Case(m, n) for n in (16384, 8192) for m in ("causal", "full", "doc8", "window_1024")]
         cases += [Case("causal", 16384, h) for h in ("32:8", "64:8")]
         return cases + [Case("causal", 16384, dims=d) for d in WIDE]
-    cases = []
-    for n in (8192, 16384, 32768):
-        for mask in (*DENSE, *SPARSE):
-            cool = () if n > 16384 else ("fa2",) if mask in DENSE else ("flex",)
-            cases.append(Case(mask, n, peers=("fa3", "cudnn", *cool)))
+
+    def masks(n: int) -> list[Case]:
+        cool = {m: () if n > 16384 else ("fa2",) if m in DENSE else ("flex",) for m in (*DENSE, *SPARSE)}
+        return [Case(m, n, peers=("fa3", "cudnn", *cool[m])) for m in cool]
+
+    cases = masks(8192) + masks(16384)
     for heads in ("32:8", "64:8"):
         cases += [Case(m, n, heads) for n in (8192, 16384) for m in (*DENSE, "doc8", "window_1024")]
     cases += [Case(m, n, dims="64") for n in (8192, 16384) for m in (*DENSE, "doc8", "doc32")]
@@ -112,6 +113,7 @@ def suite(direction: str) -> list[Case]:
     else:
         cases += [Case(m, 16384, dims=d, peers=("cudnn", "fa2")) for d in WIDE for m in DENSE]
         cases += [Case("causal", n, "32:8") for n in (1024, 2048, 4096)]
+    cases += masks(32768)
     cases += [Case(m, 32768, h) for h in ("32:8", "64:8") for m in DENSE]
     cases += [Case(m, 65536, "32:8") for m in reversed(DENSE)]
     cases.append(Case("video_history", 4 * VIDEO_CHUNK, "48:8", peers=("flex",) if direction == "fwd" else ()))
