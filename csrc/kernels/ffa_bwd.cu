@@ -99,7 +99,7 @@ static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM, kRows) && kStages == 2);
 
 }  // namespace magi
 
-#include "ffa_bwd_plan.cuh"
+#include "ffa_bwd_shared.cuh"
 
 namespace magi {
 
@@ -392,15 +392,9 @@ __device__ void store_and_count(const BackwardArgs& a, Smem& s, int w) {
 template <int Count>
 __device__ __forceinline__ void probabilities(const BackwardArgs& a, const float2 (&lse)[kScores / 4], int begin,
                                               float (&p)[kScores]) {
-    const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
 #pragma unroll
     for (int i = begin; i < begin + Count; ++i) {
-        const float minus = i % 2 ? lse[i / 4].y : lse[i / 4].x;
-        if (SOFTCAP)
-            p[i] =
-                exp2_fast(outer - __fdividef(2 * outer, exp2_fast(p[i] * inner) + 1) - minus);  // cap * tanh(x / cap)
-        else
-            p[i] = exp2_fast(p[i] * a.scale_log2 - minus);
+        p[i] = probability(a, p[i], i % 2 ? lse[i / 4].y : lse[i / 4].x);
         if (Count < kScores) asm volatile("" : "+f"(p[i]));
     }
 }
@@ -422,20 +416,14 @@ __device__ __forceinline__ void mask_probabilities(const Visit& visit, int key, 
 // ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
 __device__ __forceinline__ void score_gradients(const BackwardArgs& a, const float* delta, const float* lse, int column,
                                                 const float (&p)[kScores], float (&dp)[kScores]) {
-    const float per_cap = 1 / (a.softcap * kLog2e);
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j) {
         const float2 d = *reinterpret_cast<const float2*>(delta + 8 * j + column);
         const float2 l = SOFTCAP ? *reinterpret_cast<const float2*>(lse + 8 * j + column) : float2{};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const float x = p[4 * j + e];
-            float ds = x * (dp[4 * j + e] - (e % 2 ? d.y : d.x));
-            if (SOFTCAP) {
-                const float tanh = (__log2f(x) + (e % 2 ? l.y : l.x)) * per_cap;
-                ds = x > 0 ? ds * (1 - tanh * tanh) : 0.f;
-            }
-            dp[4 * j + e] = ds;
+            const int i = 4 * j + e;
+            dp[i] = score_gradient(a, p[i], dp[i], e % 2 ? d.y : d.x, e % 2 ? l.y : l.x);
         }
     }
 }

@@ -85,7 +85,7 @@ struct Ring {
 
 }  // namespace magi
 
-#include "ffa_bwd_plan.cuh"
+#include "ffa_bwd_shared.cuh"
 
 namespace magi {
 
@@ -264,18 +264,23 @@ struct Gradient {
     }
 };
 
+// d = rows times keys^T over Chunks of 64 columns, once the rows are there: S or dP of this consumer's keys.
+template <int Chunks>
+__device__ __forceinline__ void multiply_rows(float (&d)[kScores], u32 row_addr, u32 key_addr, u64& full, u32 parity) {
+    const Operand rows(row_addr, 16, 1024), keys(key_addr, 16, 1024);
+    barrier_wait(full, parity);
+    wgmma_fence();
+#pragma unroll
+    for (int x = 0; x < 4 * Chunks; ++x)
+        wgmma_ss<T, kHalf, 0, 0>(d, rows.at(x / 4 * (kRows * 128) + 32 * (x % 4)),
+                                 keys.at(x / 4 * (kKeys * 128) + 32 * (x % 4)), x);
+    wgmma_commit();
+}
+
 // p = exp2(score - lse), both in log2 units; lse of rows r and r + 8.
 __device__ __forceinline__ void probabilities(const BackwardArgs& a, float2 lse, float (&p)[kScores]) {
-    const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-        const float minus = i % 4 / 2 ? lse.y : lse.x;
-        if (SOFTCAP)
-            p[i] =
-                exp2_fast(outer - __fdividef(2 * outer, exp2_fast(p[i] * inner) + 1) - minus);  // cap * tanh(x / cap)
-        else
-            p[i] = exp2_fast(p[i] * a.scale_log2 - minus);
-    }
+    for (int i = 0; i < kScores; ++i) p[i] = probability(a, p[i], i % 4 / 2 ? lse.y : lse.x);
 }
 
 __device__ __forceinline__ void mask_probabilities(const Visit& visit, int row, int key, float (&p)[kScores]) {
@@ -295,16 +300,9 @@ __device__ __forceinline__ void mask_probabilities(const Visit& visit, int row, 
 // ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
 __device__ __forceinline__ void score_gradients(const BackwardArgs& a, float2 delta, float2 lse,
                                                 const float (&p)[kScores], float (&dp)[kScores]) {
-    const float per_cap = 1 / (a.softcap * kLog2e);
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-        float ds = p[i] * (dp[i] - (i % 4 / 2 ? delta.y : delta.x));
-        if (SOFTCAP) {
-            const float tanh = (__log2f(p[i]) + (i % 4 / 2 ? lse.y : lse.x)) * per_cap;
-            ds = p[i] > 0 ? ds * (1 - tanh * tanh) : 0.f;
-        }
-        dp[i] = ds;
-    }
+    for (int i = 0; i < kScores; ++i)
+        dp[i] = score_gradient(a, p[i], dp[i], i % 4 / 2 ? delta.y : delta.x, i % 4 / 2 ? lse.y : lse.x);
 }
 
 // Scores of this thread to [row / 16][key][row % 16]; `at` is where this lane's row of matrices 0 to 3 begins: keys of
@@ -413,28 +411,11 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         for (int n = 0; n < num_visits; ++n, ++visit) {
             const u32 q = smem_addr(s.q[q_stage.at][0]), dout = smem_addr(s.dout[dout_stage.at][0]);
             float p[kScores], dp[kScores];
-            {
-                const Operand rows(q, 16, 1024), keys(smem_addr(s.k[0]) + w * (kHalf * 128), 16, 1024);
-                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
-                wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < 4 * kQChunks; ++x)
-                    wgmma_ss<T, kHalf, 0, 0>(p, rows.at(x / 4 * sizeof(s.q[0][0]) + 32 * (x % 4)),
-                                             keys.at(x / 4 * sizeof(s.k[0]) + 32 * (x % 4)), x);
-                wgmma_commit();
-            }
+            multiply_rows<kQChunks>(p, q, smem_addr(s.k[0]) + w * (kHalf * 128), s.q_full[q_stage.at], q_stage.parity);
             const float2 lse = {s.lse[q_stage.at][row], s.lse[q_stage.at][row + 8]};
             const bool masked = s.visit[visit % kPlanned].masked;
-            {
-                const Operand rows(dout, 16, 1024), keys(smem_addr(s.v[0]) + w * (kHalf * 128), 16, 1024);
-                barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
-                wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < 4 * kVChunks; ++x)
-                    wgmma_ss<T, kHalf, 0, 0>(dp, rows.at(x / 4 * sizeof(s.dout[0][0]) + 32 * (x % 4)),
-                                             keys.at(x / 4 * sizeof(s.v[0]) + 32 * (x % 4)), x);
-                wgmma_commit();
-            }
+            multiply_rows<kVChunks>(dp, dout, smem_addr(s.v[0]) + w * (kHalf * 128), s.dout_full[dout_stage.at],
+                                    dout_stage.parity);
             const float2 delta = {s.delta[dout_stage.at][row], s.delta[dout_stage.at][row + 8]};
             wgmma_wait<1>();
             pin(p);

@@ -1,5 +1,5 @@
-// Which visits does a tile of keys take? What the planners of ffa_bwd.cu and ffa_bwd_wide.cu share; included by them
-// after their constants, Visit and Plan.
+// What ffa_bwd.cu and ffa_bwd_wide.cu share: how a tile of keys becomes visits, and what a score gives. Included by
+// them after their constants, Visit and Plan.
 #pragma once
 
 namespace magi {
@@ -70,6 +70,25 @@ __device__ __forceinline__ void describe_cells(const Plan& plan, int row0, Visit
     visit.hi = hi;
     visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
     if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
+}
+
+// p = exp2(score - minus), both in log2 units: minus is the row's lse.
+__device__ __forceinline__ float probability(const BackwardArgs& a, float score, float minus) {
+    const float inner = 2 * kLog2e * a.scale / a.softcap, outer = a.softcap * kLog2e;
+    if (SOFTCAP)
+        return exp2_fast(outer - __fdividef(2 * outer, exp2_fast(score * inner) + 1) - minus);  // cap * tanh(x / cap)
+    return exp2_fast(score * a.scale_log2 - minus);
+}
+
+// ds = p (dp - delta). Under a softcap also times 1 - tanh^2, with tanh read back from p.
+__device__ __forceinline__ float score_gradient(const BackwardArgs& a, float p, float dp, float delta, float lse) {
+    const float per_cap = 1 / (a.softcap * kLog2e);
+    float ds = p * (dp - delta);
+    if (SOFTCAP) {
+        const float tanh = (__log2f(p) + lse) * per_cap;
+        ds = p > 0 ? ds * (1 - tanh * tanh) : 0.f;
+    }
+    return ds;
 }
 
 }  // namespace magi
