@@ -413,7 +413,7 @@ __device__ __forceinline__ void mask_probabilities(const Visit& visit, int key, 
     }
 }
 
-// ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
+// ds = p (dp - delta), into dp, under a softcap times the capped scores' derivative.
 __device__ __forceinline__ void score_gradients(const BackwardArgs& a, const float* delta, const float* lse, int column,
                                                 const float (&p)[kScores], float (&dp)[kScores]) {
 #pragma unroll
@@ -423,7 +423,8 @@ __device__ __forceinline__ void score_gradients(const BackwardArgs& a, const flo
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int i = 4 * j + e;
-            dp[i] = score_gradient(a, p[i], dp[i], e % 2 ? d.y : d.x, e % 2 ? l.y : l.x);
+            dp[i] = p[i] * (dp[i] - (e % 2 ? d.y : d.x));
+            if (SOFTCAP) dp[i] *= cap_slope(a, p[i], e % 2 ? l.y : l.x);
         }
     }
 }

@@ -80,15 +80,11 @@ __device__ __forceinline__ float probability(const BackwardArgs& a, float score,
     return exp2_fast(score * a.scale_log2 - minus);
 }
 
-// ds = p (dp - delta). Under a softcap also times 1 - tanh^2, with tanh read back from p.
-__device__ __forceinline__ float score_gradient(const BackwardArgs& a, float p, float dp, float delta, float lse) {
+// Under a softcap: the derivative 1 - tanh^2 of the capped score, with tanh read back from p.
+__device__ __forceinline__ float cap_slope(const BackwardArgs& a, float p, float lse) {
     const float per_cap = 1 / (a.softcap * kLog2e);
-    float ds = p * (dp - delta);
-    if (SOFTCAP) {
-        const float tanh = (__log2f(p) + lse) * per_cap;
-        ds = p > 0 ? ds * (1 - tanh * tanh) : 0.f;
-    }
-    return ds;
+    const float tanh = (__log2f(p) + lse) * per_cap;
+    return p > 0 ? 1 - tanh * tanh : 0.f;
 }
 
 }  // namespace magi

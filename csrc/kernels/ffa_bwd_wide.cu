@@ -3,8 +3,9 @@
 // writes dk and dv once; dq is summed in fp32 by bulk reduces into a workspace (ffa_bwd.cuh) that a kernel of its own
 // finishes.
 //
-// What differs is who owns what: a tile's dk and dv fill the registers of both consumers, so they share one tile. Each
-// computes S = Q K^T and dP = dO V^T for half of the keys; P and dS meet in shared memory as [row / 16][key][row % 16].
+// What differs is who owns what: a tile's dk and dv fill the registers of both consumers, so they share one tile. The
+// first computes S = Q K^T and P, the second dP = dO V^T meanwhile, and dS with P as it was rounded for dV; both are
+// kept in shared memory as [row / 16][key][row % 16]. (Half of the keys each would read Q and dO twice.)
 // All gradients are computed transposed, as dV^T = dO^T P, dK^T = Q^T dS and dQ^T = K^T dS^T: their accumulators' rows
 // are columns of the head in chunks of 64 that the consumers divide between them, so that a tile may have any number of
 // keys (BackwardWideShape: as many as registers and shared memory hold). Where the number of chunks is odd, the last
@@ -29,12 +30,12 @@ constexpr int kKeys = kShape.keys, kHalf = kKeys / 2, kRows = kBackwardWideRows;
 constexpr int kConsumers = 2;
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-constexpr int kScores = kHalf / 2;                    // accumulators of a thread
+constexpr int kScores = kKeys / 2;                    // accumulators of a thread
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;  // where a visit may start
 constexpr int kPlanned = 8;                           // visits kept written down; storers are late readers
 constexpr int kScoreBlock = kKeys * 32;               // bytes of 16 rows of p or ds
 constexpr int kPieceRows = kShape.dq_rows, kPieces = kQChunks * (kRows / 2) / kPieceRows;  // of a consumer's dq a visit
-enum NamedBarrier { kPReady = 1, kDsReady = 2 };
+enum NamedBarrier { kScoresNear = 1, kPReady = 2, kDsReady = 3 };
 
 struct alignas(16) Item {                     // a tile of keys of one kv head
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
@@ -264,15 +265,13 @@ struct Gradient {
     }
 };
 
-// d = rows times keys^T over Chunks of 64 columns, once the rows are there: S or dP of this consumer's keys.
-template <int Chunks>
-__device__ __forceinline__ void multiply_rows(float (&d)[kScores], u32 row_addr, u32 key_addr, u64& full, u32 parity) {
+// Steps of 16 columns, from First on to Last, of d = rows times keys^T: S or dP.
+template <int First, int Last>
+__device__ __forceinline__ void multiply_rows(float (&d)[kScores], u32 row_addr, u32 key_addr) {
     const Operand rows(row_addr, 16, 1024), keys(key_addr, 16, 1024);
-    barrier_wait(full, parity);
-    wgmma_fence();
 #pragma unroll
-    for (int x = 0; x < 4 * Chunks; ++x)
-        wgmma_ss<T, kHalf, 0, 0>(d, rows.at(x / 4 * (kRows * 128) + 32 * (x % 4)),
+    for (int x = First; x < Last; ++x)
+        wgmma_ss<T, kKeys, 0, 0>(d, rows.at(x / 4 * (kRows * 128) + 32 * (x % 4)),
                                  keys.at(x / 4 * (kKeys * 128) + 32 * (x % 4)), x);
     wgmma_commit();
 }
@@ -290,34 +289,44 @@ __device__ __forceinline__ void mask_probabilities(const Visit& visit, int row, 
         const int begin = max(visit.key0, i + visit.lo), end = min(visit.key1, i + visit.hi + 1);
         const u32 length = i >= visit.first && i < visit.last ? max(end - begin, 0) : 0;
 #pragma unroll
-        for (int y = 0; y < kHalf / 8; ++y)
+        for (int y = 0; y < kKeys / 8; ++y)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (static_cast<u32>(8 * y + key + e - begin) >= length) p[4 * y + 2 * h + e] = 0;
     }
 }
 
-// ds = p (dp - delta), into dp. Under a softcap also times 1 - tanh^2, with tanh read back from p.
-__device__ __forceinline__ void score_gradients(const BackwardArgs& a, float2 delta, float2 lse,
-                                                const float (&p)[kScores], float (&dp)[kScores]) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i)
-        dp[i] = score_gradient(a, p[i], dp[i], i % 4 / 2 ? delta.y : delta.x, i % 4 / 2 ? lse.y : lse.x);
-}
-
-// Scores of this thread to [row / 16][key][row % 16]; `at` is where this lane's row of matrices 0 to 3 begins: keys of
-// eight and eight, of each the first and the second eight rows.
+// Scores of a thread are kept as [row / 16][key][row % 16]; `at` is where this lane's row of matrices 0 to 3 begins:
+// keys of eight and eight, of each the first and the second eight rows.
 __device__ __forceinline__ void store_scores(u32 at, const float (&x)[kScores]) {
 #pragma unroll
-    for (int y = 0; y < kHalf / 8; y += 2) {
-        u32 words[4];
+    for (int i = 0; i < kScores; i += 8) {
+        const u32 words[4] = {pack<T>(x[i], x[i + 1]), pack<T>(x[i + 2], x[i + 3]), pack<T>(x[i + 4], x[i + 5]),
+                              pack<T>(x[i + 6], x[i + 7])};
+        store_matrices_transposed(at + i * 64, words);
+    }
+}
+
+// What a softcap multiplies gradients with, in place of p.
+__device__ __forceinline__ void cap_slopes(const BackwardArgs& a, float2 lse, float (&p)[kScores]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (y + i / 2 < kHalf / 8) words[i] = pack<T>(x[4 * y + 2 * i], x[4 * y + 2 * i + 1]);
-        if (y + 1 < kHalf / 8)
-            store_matrices_transposed(at + y * 256, words);
-        else
-            store_two_matrices_transposed(at + y * 256, words[0], words[1]);
+    for (int i = 0; i < kScores; ++i) p[i] = cap_slope(a, p[i], i % 4 / 2 ? lse.y : lse.x);
+}
+
+// ds = p (dp - delta), into dp; p, and under a softcap its slopes in place of ds, as the other consumer stored them.
+__device__ __forceinline__ void score_gradients(u32 p_at, u32 ds_at, float2 delta, float (&dp)[kScores]) {
+#pragma unroll
+    for (int i = 0; i < kScores; i += 8) {
+        u32 p[4], slope[4];
+        load_matrices_transposed(p_at + i * 64, p);
+        if (SOFTCAP) load_matrices_transposed(ds_at + i * 64, slope);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const u16 bits = static_cast<u16>(j % 2 ? p[j / 2] >> 16 : p[j / 2]);
+            float ds = to_float(T{bits}) * (dp[i + j] - (j % 4 / 2 ? delta.y : delta.x));
+            if (SOFTCAP) ds *= to_float(T{static_cast<u16>(j % 2 ? slope[j / 2] >> 16 : slope[j / 2])});
+            dp[i + j] = ds;
+        }
     }
 }
 
@@ -363,14 +372,15 @@ __device__ __forceinline__ void write_gradient(const BackwardArgs& a, const Item
         write_chunk<kHalf>(a, item, w * kHalf, 64 * (kChunks - 1), scale, to, row_stride, head_stride, dim, g.half);
 }
 
-__device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
+template <int w>
+__device__ void differentiate(const BackwardArgs& a, Smem& s) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const int row = warp * 16 + lane / 4, key = w * kHalf + lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
+    const int row = warp * 16 + lane / 4, key = lane % 4 * 2;  // the accumulators' layout: wgmma.cuh
     Gradient<kQChunks> dk;
     Gradient<kVChunks> dv;
     // stmatrix: lane l names row l % 8 of matrix l / 8; matrix m holds rows + 8 (m & 1), keys + 8 (m >> 1).
     const u32 scores_at =
-        warp * kScoreBlock + (w * kHalf + lane / 16 * 8 + lane % 8) * 32 + ((lane / 8 % 2 ^ (lane >> 2 & 1)) << 4);
+        warp * kScoreBlock + (lane / 16 * 8 + lane % 8) * 32 + ((lane / 8 % 2 ^ (lane >> 2 & 1)) << 4);
     const int odd = lane % 4 / 2;  // of the eight rows of dq, the second four
     const u32 piece_at = odd * 1024 + ((warp * 256 + lane / 4 * 32 + lane % 2 * 16) ^ (odd * 64));
     Ring<kShape.q_stages> q_stage;
@@ -410,33 +420,53 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         dv.keep();
         for (int n = 0; n < num_visits; ++n, ++visit) {
             const u32 q = smem_addr(s.q[q_stage.at][0]), dout = smem_addr(s.dout[dout_stage.at][0]);
-            float p[kScores], dp[kScores];
-            multiply_rows<kQChunks>(p, q, smem_addr(s.k[0]) + w * (kHalf * 128), s.q_full[q_stage.at], q_stage.parity);
-            const float2 lse = {s.lse[q_stage.at][row], s.lse[q_stage.at][row + 8]};
-            const bool masked = s.visit[visit % kPlanned].masked;
-            multiply_rows<kVChunks>(dp, dout, smem_addr(s.v[0]) + w * (kHalf * 128), s.dout_full[dout_stage.at],
-                                    dout_stage.parity);
-            const float2 delta = {s.delta[dout_stage.at][row], s.delta[dout_stage.at][row + 8]};
-            wgmma_wait<1>();
-            pin(p);
-            probabilities(a, lse, p);
-            if (masked) mask_probabilities(s.visit[visit % kPlanned], row, key, p);
-            barrier_wait(s.p_free, p_parity);  // both consumers' dV of the visit before has read p
-            p_parity ^= 1;
-            store_scores(p_addr + scores_at, p);
-            fence_async_shared();
+            float x[kScores];
+            // S by the first consumer; dP by the second, behind it: while the first computes p.
+            if constexpr (w == 0) {
+                constexpr int kSteps = 4 * kQChunks;
+                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
+                wgmma_fence();
+                multiply_rows<0, kSteps - 4>(x, q, smem_addr(s.k[0]));
+                multiply_rows<kSteps - 4, kSteps>(x, q, smem_addr(s.k[0]));
+                const float2 lse = {s.lse[q_stage.at][row], s.lse[q_stage.at][row + 8]};
+                const bool masked = s.visit[visit % kPlanned].masked;
+                wgmma_wait<1>();
+                SOFTCAP ? named_sync(kScoresNear, 256) : named_arrive(kScoresNear, 256);
+                wgmma_wait<0>();
+                pin(x);
+                probabilities(a, lse, x);
+                if (masked) mask_probabilities(s.visit[visit % kPlanned], row, key, x);
+                barrier_wait(s.p_free, p_parity);  // dV and ds of the visit before have read p
+                p_parity ^= 1;
+                store_scores(p_addr + scores_at, x);
+                if (SOFTCAP) {  // ds of the visit before was read, as the second consumer waited for these scores
+                    cap_slopes(a, lse, x);
+                    store_scores(ds_addr + scores_at, x);
+                }
+                fence_async_shared();
+            } else {
+                barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
+                named_sync(kScoresNear, 256);
+                wgmma_fence();
+                multiply_rows<0, 4 * kVChunks>(x, dout, smem_addr(s.v[0]));
+            }
             // Also: both consumers' products with ds of the visit before are done.
             named_sync(kPReady, 256);
+            if (w == 0) barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
             wgmma_fence();
 #pragma unroll
             for (int c = 0; c < kVChunks / 2; ++c) dv.add_whole(c, dout, p_addr, w);
             dv.add_half(dout, p_addr, w);
             wgmma_commit();
-            wgmma_wait<1>();
-            pin(dp);
-            score_gradients(a, delta, lse, p, dp);
-            store_scores(ds_addr + scores_at, dp);
-            fence_async_shared();
+            if constexpr (w == 1) {
+                const float2 delta = {s.delta[dout_stage.at][row], s.delta[dout_stage.at][row + 8]};
+                wgmma_wait<1>();
+                pin(x);
+                score_gradients(p_addr + scores_at, ds_addr + scores_at, delta, x);
+                store_scores(ds_addr + scores_at, x);
+                fence_async_shared();
+                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
+            }
             named_sync(kDsReady, 256);
             // dq stored while dk is computed.
 #pragma unroll
@@ -533,7 +563,7 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
             plan_visits(a, s);
     } else {
         registers_grow<kConsumerRegisters>();
-        differentiate(a, s, uniform(threadIdx.x / 128) - 1);
+        uniform(threadIdx.x / 128) == 1 ? differentiate<0>(a, s) : differentiate<1>(a, s);
     }
 }
 

@@ -133,14 +133,16 @@ __device__ __forceinline__ void store_matrices(u32 row_addr, const u32 (&x)[4]) 
                  "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
 }
-// The same with rows and columns of the matrices exchanged, and two of them.
+// The same with rows and columns of the matrices exchanged, and back.
 __device__ __forceinline__ void store_matrices_transposed(u32 row_addr, const u32 (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_addr), "r"(x[0]),
                  "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
 }
-__device__ __forceinline__ void store_two_matrices_transposed(u32 row_addr, u32 x, u32 y) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(row_addr), "r"(x), "r"(y)
+__device__ __forceinline__ void load_matrices_transposed(u32 row_addr, u32 (&x)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row_addr)
                  : "memory");
 }
 // Exchanges rows and columns of an 8 x 8 matrix in accumulator layout, a pair of elements a lane.
