@@ -219,8 +219,7 @@ TileTable build_tiles(void* workspace, const Slice* slices, int num_slices, int 
     const TileTable table = table_over(workspace, transposed ? num_k : num_q, tile_rows, step, num_slices, cut);
     const TilesArgs args{table, slices, num_slices, num_q, num_k, transposed};
     if (small_table(table.num_tiles, num_slices)) {
-        const int threads = small_threads(table.num_tiles, num_slices);
-        launch(kernel("tiles", "tiles_small", device, 0), {1}, threads, 0, stream, args, /*overlap=*/true);
+        launch(kernel("tiles", "tiles_small", device, 0), {1}, kSmallThreads, 0, stream, args, /*overlap=*/true);
     } else {
         zero(table.header, sizeof(TileHeader), stream);
         launch(kernel("tiles", "tiles", device, 0), {(unsigned)table.num_tiles}, 256, 0, stream, args);

@@ -123,6 +123,7 @@ __device__ const long long* prepare(RowSmem& s, const RowRange* ranges, int num_
     if (lane < kRowStages) barrier_init(s.full[warp][lane], 1);
     barrier_init_fence();
     __syncwarp();
+    let_later_kernels_start();
     wait_for_earlier_kernels();
     if (first) return first;
     if (num_ranges > 32) {

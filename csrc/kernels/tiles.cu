@@ -15,11 +15,18 @@ __device__ Slice slice_at(const TilesArgs& a, int i) {
 __device__ int rows_of(const TilesArgs& a) { return a.transposed ? a.num_k : a.num_q; }
 // The sum of x over the lanes up to this one.
 __device__ __forceinline__ int sum_upto(int x) {
-#pragma unroll 1
+#pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         const int below = __shfl_up_sync(~0u, x, step);
         if (threadIdx.x % 32 >= step) x += below;
     }
+    return x;
+}
+
+// The sum of x over neighbouring lanes, `group` of them.
+__device__ __forceinline__ int group_sum(int x, int group) {
+#pragma unroll 1
+    for (int step = 1; step < group; step *= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
 
@@ -53,7 +60,7 @@ __device__ int cut_rows(const TilesArgs& a, Cuts& c) {
         if (lane == 0) {
             const int begin = place ? own : 0;
             c.begin[place] = begin;
-            c.last_tile[place] = ceil_div(next - begin, a.table.tile_rows);
+            c.last_tile[place] = next - begin;
         }
     }
     __syncthreads();
@@ -61,7 +68,7 @@ __device__ int cut_rows(const TilesArgs& a, Cuts& c) {
         int before = 0;
 #pragma unroll 1
         for (int i = lane; i - lane < n; i += 32) {
-            const int last = before + sum_upto(i < n ? c.last_tile[i] : 0);
+            const int last = before + sum_upto(i < n ? ceil_div(c.last_tile[i], a.table.tile_rows) : 0);
             if (i < n) c.last_tile[i] = last;
             before = __shfl_sync(~0u, last, 31);
         }
@@ -70,19 +77,22 @@ __device__ int cut_rows(const TilesArgs& a, Cuts& c) {
     return c.last_tile[n - 1];
 }
 
-// None where there is no such tile.
-__device__ Range tile_range(const TilesArgs& a, const Cuts& c, int num_tiles, int tile) {
-    if (tile >= num_tiles) return {0, 0};
+// By whole warps, `group` lanes a tile, a power of two; none where there is no such tile.
+__device__ Range tile_range(const TilesArgs& a, const Cuts& c, int num_tiles, int tile, int group) {
     const int tile_rows = a.table.tile_rows, n = a.num_slices;
-    if (!a.table.cut) return {tile * tile_rows, min(tile * tile_rows + tile_rows, rows_of(a))};
-    int cut = 0;
-#pragma unroll 4
-    for (int j = 0; j < n; j += 4) {
-        const int4 last = *reinterpret_cast<const int4*>(&c.last_tile[j]);
-        cut += (last.x <= tile) + (last.y <= tile) + (last.z <= tile) + (last.w <= tile);
+    int row0 = tile * tile_rows, end = rows_of(a);
+    if (a.table.cut) {
+        int cut = 0;
+#pragma unroll 2
+        for (int j = (threadIdx.x & (group - 1)) * 4; j < n; j += 4 * group) {
+            const int4 last = *reinterpret_cast<const int4*>(&c.last_tile[j]);
+            cut += (last.x <= tile) + (last.y <= tile) + (last.z <= tile) + (last.w <= tile);
+        }
+        cut = min(group_sum(cut, group), n - 1);
+        row0 = c.begin[cut] + (tile - (cut ? c.last_tile[cut - 1] : 0)) * tile_rows;
+        if (cut + 1 < n) end = c.begin[cut + 1];
     }
-    const int row0 = c.begin[cut] + (tile - (cut ? c.last_tile[cut - 1] : 0)) * tile_rows;
-    return {row0, min(row0 + tile_rows, cut + 1 < n ? c.begin[cut + 1] : rows_of(a))};
+    return tile < num_tiles ? Range{row0, min(row0 + tile_rows, end)} : Range{0, 0};
 }
 
 __device__ Tile tile_of(const TilesArgs& a, Range rows, int first, int count, int steps) {
@@ -91,11 +101,11 @@ __device__ Tile tile_of(const TilesArgs& a, Range rows, int first, int count, in
 }
 
 // ---- one block ----
-// It is over in microseconds, so what counts is how few instructions follow each other, from a cold cache.
+// It is over in microseconds, so what counts is how few instructions follow each other.
 struct SmallSmem {
     Cuts cuts;
     alignas(16) int weight[kMostSmallTiles];  // steps, then tiles that come first: no two are equal; -1: no tile
-    alignas(16) int2 rows[kMostSmallSlices];  // of each slice; none of those past the slices
+    alignas(16) int2 rows[kMostSmallSlices];  // of each slice; none past the slices
     Tile tile[kMostSmallTiles];
     Slice slice[kMostSmallSlices];
     int warp_count[kSmallThreads / 32];
@@ -107,8 +117,7 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
     wait_for_earlier_kernels();  // the slices may be one's result, the workspace another's
     const TileTable& t = a.table;
     const int lane = threadIdx.x % 32, n = a.num_slices;
-    static_assert(kMostSmallTiles == kMostSmallSlices && kMostSmallSlices == kMaxCuts + 1 &&
-                  kSmallThreads / 2 >= kMostSmallSlices);
+    static_assert(kMostSmallTiles == kMostSmallSlices && kMostSmallSlices == kMaxCuts + 1);
     if (threadIdx.x < kMostSmallSlices) {
         const int i = threadIdx.x;
         const Slice c = i < n ? slice_at(a, i) : Slice{};
@@ -121,13 +130,13 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
     const int num_tiles = t.cut ? cut_rows(a, s.cuts) : t.num_tiles;
     if (threadIdx.x == 0) *t.header = {0, 0, 0, num_tiles};
 
-    // `group` lanes a tile, 32 slices each: first those that share rows with it, then their steps.
-    const int group = lanes_of_tile(n), member = threadIdx.x % group;
-    const int i = threadIdx.x / group, first_slice = 32 * member, slices = min(32, n - first_slice);
-    const Range rows = tile_range(a, s.cuts, num_tiles, i);
+    // Some lanes share a tile, each with some slices: first those that have rows of it, then their steps.
+    const int bits = lane_bits(t.num_tiles), group = 1 << bits, member = threadIdx.x & (group - 1);
+    const int i = threadIdx.x >> bits, share = slices_of_lane(n, bits), first_slice = member * share;
+    const Range rows = tile_range(a, s.cuts, num_tiles, i, group);
     u32 hits = 0;
-#pragma unroll 4
-    for (int j = 0; j < slices; j += 2) {
+#pragma unroll 2
+    for (int j = 0; j < share && i < num_tiles; j += 2) {
         const int4 two = *reinterpret_cast<const int4*>(&s.rows[first_slice + j]);
         hits |= static_cast<u32>(max(two.x, rows.begin) < min(two.y, rows.end)) << j |
                 static_cast<u32>(max(two.z, rows.begin) < min(two.w, rows.end)) << (j + 1);
@@ -138,14 +147,11 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
         const Range columns = columns_of(first_slice + __ffs(left) - 1);
         if (columns.begin >= columns.end) hits &= ~(left & -left);
     }
-    int count = __popc(hits);
-    const int upto = sum_upto(count), warp = threadIdx.x / 32;
+    const int own = __popc(hits), upto = sum_upto(own), warp = threadIdx.x / 32;
     if (lane == 31) s.warp_count[warp] = upto;
     __syncthreads();
-    int at = __reduce_add_sync(~0u, lane < warp ? s.warp_count[lane] : 0) + upto - count;
-    const int first = __shfl_sync(~0u, at, lane / group * group);
-#pragma unroll 1
-    for (int step = 1; step < group; step *= 2) count += __shfl_xor_sync(~0u, count, step);
+    int at = __reduce_add_sync(~0u, lane < warp ? s.warp_count[lane] : 0) + upto - own;
+    const int first = __shfl_sync(~0u, at, lane & -group), count = group_sum(own, group);
     const bool fits = first <= t.capacity - count;
     int steps = 0;
 #pragma unroll 1
@@ -154,8 +160,7 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
         steps += mine;
         if (fits) t.pool[at++] = {s.slice[slice], slice, mine};
     }
-#pragma unroll 1
-    for (int step = 1; step < group; step *= 2) steps += __shfl_xor_sync(~0u, steps, step);
+    steps = group_sum(steps, group);
     if (member == 0 && i < num_tiles) {
         s.tile[i] = t.unsorted[i] = tile_of(a, rows, fits ? first : -1, count, steps);
         s.weight[i] = min(steps, (1 << 23) - 1) * kMostSmallTiles + kMostSmallTiles - 1 - i;
@@ -163,7 +168,7 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
     __syncthreads();
     // A tile's place is how many are heavier. Four lanes a tile.
 #pragma unroll 1
-    for (int base = 0; base < num_tiles; base += blockDim.x / 4) {
+    for (int base = 0; base < num_tiles; base += kSmallThreads / 4) {
         const int tile = base + threadIdx.x / 4, own = tile < num_tiles ? s.weight[tile] : 0;
         int before = 0;
 #pragma unroll 4
@@ -208,7 +213,7 @@ __device__ int list_slices(const TilesArgs& a, Smem& s) {
         num_tiles = cut_rows(a, s.cuts);
         if (blockIdx.x == 0 && threadIdx.x == 0) t.header->num_tiles = num_tiles;
     }
-    const Range rows = tile_range(a, s.cuts, num_tiles, blockIdx.x);
+    const Range rows = tile_range(a, s.cuts, num_tiles, blockIdx.x, 1);
     if (rows.begin == rows.end) return num_tiles;
     int count = 0, steps = 0;
     for (int i = threadIdx.x; i < a.num_slices; i += kThreads) {

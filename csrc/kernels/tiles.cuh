@@ -53,18 +53,16 @@ MAGI_HD constexpr bool worth_cutting(int num_rows, int tile_rows, int num_slices
            (num_rows / tile_rows + num_slices + 2LL) * num_slices < (1 << 20);
 }
 
-// What one block builds in less time than many need to agree: a thread for every 32 slices of a tile.
+// What one block builds in less time than many need to agree: 2^lane_bits lanes a tile, up to 32 slices a lane.
 constexpr int kMostSmallTiles = 256, kMostSmallSlices = 256, kSmallThreads = 512;
-MAGI_HD constexpr int lanes_of_tile(int num_slices) {
-    return num_slices <= 32 ? 1 : num_slices <= 64 ? 2 : num_slices <= 128 ? 4 : 8;
+MAGI_HD constexpr int lane_bits(int num_tiles) {
+    return num_tiles <= kSmallThreads / 8 ? 3 : num_tiles <= kSmallThreads / 4 ? 2 : 1;
+}
+MAGI_HD constexpr int slices_of_lane(int num_slices, int lane_bits) {  // even: they are read in pairs
+    return (((num_slices - 1) >> (lane_bits + 1)) + 1) * 2;
 }
 MAGI_HD constexpr bool small_table(int num_tiles, int num_slices) {
-    return num_tiles <= kMostSmallTiles && num_slices <= kMostSmallSlices &&
-           num_tiles * lanes_of_tile(num_slices) <= kSmallThreads;
-}
-// Half of the block idle costs more than its threads' help in sorting brings.
-MAGI_HD constexpr int small_threads(int num_tiles, int num_slices) {
-    return num_tiles * lanes_of_tile(num_slices) <= kSmallThreads / 2 ? kSmallThreads / 2 : kSmallThreads;
+    return num_tiles <= kMostSmallTiles && num_slices <= 32 << lane_bits(num_tiles);
 }
 
 MAGI_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
