@@ -124,6 +124,12 @@ def test_documents_that_start_anywhere(lengths, dim):
     check(*tensors(rng, total, total, 2, 1, dim, torch.bfloat16), slices[torch.randperm(len(slices), generator=rng)])
 
 
+def test_heads_by_sections():
+    """So many heads that blocks take some after the others: one at a time, and the last nine together."""
+    rng = torch.Generator().manual_seed(13)
+    check(*tensors(rng, 1600, 1600, 48, 24, 128, torch.bfloat16), causal_documents([200] * 8))
+
+
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("growth", [1e-3, 1.0, 20.0])

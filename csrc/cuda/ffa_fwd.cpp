@@ -31,19 +31,23 @@ size_t forward_workspace(const ForwardParams& p) {
     return table_bytes(p.shape.num_q, shape_of(p).rows(), p.num_slices, cut_tiles(p));
 }
 
-// Key/value heads worked on together: as many as the L2 cache holds, so that tiles of one head find each other's keys
-// there, but enough for the last section to end with light tiles on every multiprocessor; sections of about equal size.
-// Short documents read queries and write outputs as much as they read keys, which leaves these less of the cache, and
-// all their tiles are light.
-static int section_heads(const ForwardParams& p, int num_tiles, int num_sms) {
+// Key/value heads worked on together, and the number of the section that takes all that are left.
+// As many as the L2 cache holds, so that tiles of one head find each other's keys there. Within a section heavy tiles
+// come first, so the keys of a short document are read again when light ones come: one head at a time. The last section
+// ends with light tiles on every multiprocessor, for which it needs more of them where they differ more.
+struct Sections {
+    int heads, last;
+};
+static Sections sections_of(const ForwardParams& p, int num_tiles, int num_sms) {
     const AttentionShape& shape = p.shape;
-    const bool documents = p.num_slices > 1 && shape.num_q / p.num_slices <= 2048;
-    const int64_t cache_bytes = (documents ? 8 : 32) << 20, least_tiles = (documents ? 1 : 3) * num_sms;
+    const bool documents = p.num_slices > 1, short_ones = documents && shape.num_q / p.num_slices <= 1024;
     const int64_t head_bytes = std::max<int64_t>(1, 2LL * shape.num_k * (shape.head_dim + shape.v_dim));
     const int64_t head_tiles = (int64_t)num_tiles * (shape.num_q_heads / shape.num_kv_heads);
-    const int64_t wanted = std::max(cache_bytes / head_bytes, (least_tiles + head_tiles - 1) / head_tiles);
-    const int64_t sections = std::max<int64_t>(1, shape.num_kv_heads / std::max<int64_t>(1, wanted));
-    return (int)((shape.num_kv_heads + sections - 1) / sections);
+    const int64_t cached = short_ones ? 1 : std::max<int64_t>(1, (32 << 20) / head_bytes);
+    const int64_t heads = std::min<int64_t>(cached, shape.num_kv_heads);
+    const int64_t last_tiles = (documents && !short_ones ? 6 : 3) * num_sms;
+    const int64_t last_heads = (last_tiles + head_tiles - 1) / head_tiles;
+    return {(int)heads, (int)std::max<int64_t>(0, (shape.num_kv_heads - last_heads) / heads)};
 }
 
 void ffa_forward(const ForwardParams& p, void* workspace, int device) {
@@ -72,7 +76,9 @@ void ffa_forward(const ForwardParams& p, void* workspace, int device) {
     a.num_heads = shape.num_q_heads;
     a.heads_per_kv = shape.num_q_heads / shape.num_kv_heads;
     a.v_dim = shape.v_dim;
-    a.section_heads = section_heads(p, a.table.num_tiles, num_sms(device)) * a.heads_per_kv;
+    const Sections sections = sections_of(p, a.table.num_tiles, num_sms(device));
+    a.section_heads = sections.heads * a.heads_per_kv;
+    a.last_section = sections.last;
     a.out = p.out.data;
     a.out_row_stride = p.out.row_stride;
     a.out_head_stride = p.out.head_stride;

@@ -42,6 +42,7 @@ struct ForwardArgs {
     int num_slices;
     int num_q, num_k, num_heads, heads_per_kv, v_dim;
     int section_heads;  // heads worked on together, so that their keys and values stay in L2
+    int last_section;   // of sections of so many heads; takes all heads that are left
     void* out;
     long long out_row_stride, out_head_stride;
     int out_is_float;

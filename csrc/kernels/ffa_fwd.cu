@@ -79,8 +79,9 @@ namespace magi {
 
 // ---- planner: a warp, of which a lane looks at each step for each consumer ----
 __device__ int4 tile_of(const ForwardArgs& a, int num_tiles, int work, int& head) {
-    const int section = work / (num_tiles * a.section_heads), first_head = section * a.section_heads;
-    const int heads = min(a.section_heads, a.num_heads - first_head), at = work - first_head * num_tiles;
+    const int section = min(work / (num_tiles * a.section_heads), a.last_section);
+    const int first_head = section * a.section_heads, at = work - first_head * num_tiles;
+    const int heads = section < a.last_section ? a.section_heads : a.num_heads - first_head;
     head = first_head + at % heads;
     return __ldg(reinterpret_cast<const int4*>(a.table.tiles) + at / heads);
 }
