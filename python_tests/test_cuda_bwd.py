@@ -117,6 +117,15 @@ def test_options(dim, v_dim, options, deterministic):
     check(rng, q, k, v, slices, deterministic=deterministic, **options)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim, v_dim", [(64, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("lo, hi", [(-700, 0), (-65, 63), (-300, 400)])
+def test_windows_go_round(lo, hi, dim, v_dim, deterministic):
+    rng = torch.Generator().manual_seed(12)
+    slices = torch.tensor([[0, 1600, 0, 1500, lo, hi], [1600, 3000, 1400, 2900, lo - 200, hi - 30]], dtype=torch.int32)
+    check(rng, *tensors(rng, 3000, 2900, 4, 2, dim, torch.bfloat16, v_dim), slices, deterministic=deterministic)
+
+
 @pytest.mark.parametrize("dim", [96, 160, 256])
 @pytest.mark.parametrize("grad_dtype", [None, torch.float32])
 def test_adds_to_a_previous_dq(grad_dtype, dim):

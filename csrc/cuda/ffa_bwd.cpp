@@ -59,10 +59,12 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     constexpr int64_t kCacheBytes = 28 << 20;
     const int64_t head_bytes = std::max<int64_t>(1, 8LL * s.num_q * group * padded_dim(s));
     // Ordered visits wait least with many heads side by side, but tiles of one head then drift apart, and their rows
-    // leave L2. How much work is side by side, in tiles of query heads: walks of one long slice drift furthest.
+    // leave L2. How much work is side by side, in tiles of query heads: walks of one long slice drift furthest, but
+    // those of wide heads take so long for their rows that chains count for more.
     const int64_t heads = std::max(1, s.num_kv_heads);
     constexpr int64_t kOrderedHeads = 16;
-    const int64_t ordered_work = p.num_slices == 1 ? 512 : 4096, head_work = std::max<int64_t>(1, x.num_tiles * group);
+    const int64_t ordered_work = p.num_slices != 1 ? 4096 : is_wide(s) ? 2048 : 512;
+    const int64_t head_work = std::max<int64_t>(1, x.num_tiles * group);
     const int64_t ordered_heads = std::min(kOrderedHeads, (ordered_work + head_work - 1) / head_work);
     const int section_heads =
         (int)std::clamp<int64_t>(p.deterministic ? ordered_heads : kCacheBytes / head_bytes, 1, heads);
@@ -77,7 +79,10 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     // share rows better one by one, and documents are short anyway.
     const int64_t rounds = (int64_t)x.num_tiles * section_heads + 4LL * x.blocks;
     const bool few = !is_wide(s) && p.num_slices < 4 && 4LL * x.num_tiles <= 3LL * x.blocks;
-    x.sections = sections_of(x.num_tiles, section_heads, (int)heads, !few ? 0 : x.finishes ? x.lag : rounds);
+    // Fewer heads than a section would wait for each other longer than the others do.
+    const int64_t section_and_rest = is_wide(s) && p.deterministic ? (2LL * section_heads - 1) * x.num_tiles : 0;
+    const int64_t last_section = few && x.finishes ? x.lag : few ? rounds : section_and_rest;
+    x.sections = sections_of(x.num_tiles, section_heads, (int)heads, last_section);
     return x;
 }
 

@@ -45,8 +45,7 @@ constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of 
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
 constexpr bool kFinishes = backward_finishes(kRows);
 constexpr int kPlanned = kFinishes ? 8 : 4;  // visits kept written down: storers that finish are late readers
-constexpr int kUp = 1 << 30;
-constexpr int kZeros = 128;                                     // written by a lane at a time
+constexpr int kZeros = 128;                  // written by a lane at a time
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
@@ -187,11 +186,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                 if (plan.kv_head >= a.ring_heads)
                     wait_for_heads(a.finished, head_blocks * kConsumers, plan.kv_head - a.ring_heads + 1, plan.cleared);
             }
-            for (int i = 0; i < plan.num_slices; ++i) {
-                const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
-                if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
-            }
-            visits *= a.heads_per_kv;
+            count_visits(a, plan, visits);
             // Nobody sees these keys. If rows were finished before, they count after an empty visit (of zeros: no NaN).
             if (kFinishes && visits == 0) {
                 empty = plan.block0 < plan.block1;
@@ -222,33 +217,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
             continue;
         }
-        // A block of rows is visited for all heads of the group while its rows are in L2, where other tiles visit it
-        // too, and while ordered visits wait for one head, other heads' add up.
-        for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
-            if (!enter_slice(a, plan)) continue;
-            const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
-            // Tiles of a sliding window begin side by side but each at a row of its own; so that they visit the same
-            // rows at the same time all the same, each begins within its rows where the others do, and goes round.
-            plan.top = plan.down ? last : kUp;
-            if (!DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi)
-                plan.top = last - (from / kRows + last) % (last + 1) - 1;
-            // Ordered ones cannot, as they would wait for each other; but with a window's heads one after the other a
-            // tile comes to a row soon after the tile before it, whose turn it is first anyway.
-            const bool heads_outside =
-                DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
-            const int outer = heads_outside ? a.heads_per_kv : last + 1;
-            const int inner = heads_outside ? last + 1 : a.heads_per_kv;
-            for (int i = 0; i < outer; ++i) {
-#pragma unroll 1
-                for (int j = 0; j < inner; ++j) {
-                    const int block = heads_outside ? j : i;
-                    int at = plan.top == kUp ? block : plan.top - block;
-                    if (at < 0) at += last + 1;
-                    plan.head = plan.kv_head * a.heads_per_kv + (heads_outside ? i : j);
-                    plan_visit(a, s, n++, from + at * kRows);
-                }
-            }
-        }
+        walk_tile(a, plan, [&](int row0) { plan_visit(a, s, n++, row0); });
     }
 }
 
@@ -283,19 +252,9 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
             barrier_wait(s.visit_planned[n % kPlanned], n / kPlanned & 1);
             barrier_wait(s.q_free[stage], parity);
             barrier_arrive(s.visit_taken[n % kPlanned]);
-            barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
-#pragma unroll 1
-            for (int h = 0; h < kHalves; ++h)
-                tma_load(s.q[stage][h], a.q, s.q_full[stage], 64 * h, visit.head, visit.row0);
-            bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
-                      sizeof(s.lse[0]), s.q_full[stage]);
+            load_rows(a, visit, a.q, a.lse_log2, s.q[stage], s.lse[stage], s.q_full[stage]);
             barrier_wait(s.dout_free[stage], parity);
-            barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
-#pragma unroll 1
-            for (int h = 0; h < kHalves; ++h)
-                tma_load(s.dout[stage][h], a.dout, s.dout_full[stage], 64 * h, visit.head, visit.row0);
-            bulk_load(s.delta[stage], a.delta + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
-                      sizeof(s.delta[0]), s.dout_full[stage]);
+            load_rows(a, visit, a.dout, a.delta, s.dout[stage], s.delta[stage], s.dout_full[stage]);
             --left, ++n;
         }
         if (left < 0) break;

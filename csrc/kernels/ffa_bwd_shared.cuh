@@ -11,6 +11,8 @@ __device__ __forceinline__ Slice slice_at(const BackwardArgs& a, int first, int 
     return {x.x, x.y, x.z, x.w, y.x, y.y};
 }
 
+constexpr int kUp = 1 << 30;  // Plan::top: a walk from the first row on
+
 // Where the visits of a slice begin whose first row is this one.
 __device__ __forceinline__ int first_row(int row) { return row - static_cast<u32>(row) % kRowAlign; }
 
@@ -58,6 +60,47 @@ __device__ __forceinline__ bool enter_slice(const BackwardArgs& a, Plan& plan) {
     return true;
 }
 
+// Adds the tile's visits for each of its heads.
+__device__ __forceinline__ void count_visits(const BackwardArgs& a, const Plan& plan, int& visits) {
+    for (int i = 0; i < plan.num_slices; ++i) {
+        const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
+        if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
+    }
+    visits *= a.heads_per_kv;
+}
+
+// The tile's walk: visit(row0) for each visit, of plan.head and the current slice.
+// A block of rows is visited for all heads of the group while its rows are in L2, where other tiles visit it
+// too, and while ordered visits wait for one head, other heads' add up.
+template <class F>
+__device__ __forceinline__ void walk_tile(const BackwardArgs& a, Plan& plan, F visit) {
+    for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
+        if (!enter_slice(a, plan)) continue;
+        const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
+        // Tiles of a sliding window begin side by side but each at a row of its own; so that they visit the same
+        // rows at the same time all the same, each begins within its rows where the others do, and goes round.
+        plan.top = plan.down ? last : kUp;
+        if (!DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi)
+            plan.top = last - (from / kRows + last) % (last + 1) - 1;
+        // Ordered ones cannot, as they would wait for each other; but with a window's heads one after the other a
+        // tile comes to a row soon after the tile before it, whose turn it is first anyway.
+        const bool heads_outside =
+            DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
+        const int outer = heads_outside ? a.heads_per_kv : last + 1;
+        const int inner = heads_outside ? last + 1 : a.heads_per_kv;
+        for (int i = 0; i < outer; ++i) {
+#pragma unroll 1
+            for (int j = 0; j < inner; ++j) {
+                const int block = heads_outside ? j : i;
+                int at = plan.top == kUp ? block : plan.top - block;
+                if (at < 0) at += last + 1;
+                plan.head = plan.kv_head * a.heads_per_kv + (heads_outside ? i : j);
+                visit(from + at * kRows);
+            }
+        }
+    }
+}
+
 // What consumers may use of the rows from row0 on of the current slice, and when it is the visit's turn.
 __device__ __forceinline__ void describe_cells(const Plan& plan, int row0, Visit& visit) {
     bool masked = row0 < plan.row0 || row0 + kRows > plan.row1 || plan.key0 > 0 || plan.key1 < kKeys;
@@ -70,6 +113,17 @@ __device__ __forceinline__ void describe_cells(const Plan& plan, int row0, Visit
     visit.hi = hi;
     visit.masked = masked || lo > 1 - kRows || hi < kKeys - 1;
     if (DETERMINISTIC) visit.order = plan.orders[row0 / kRows];
+}
+
+// Loads what a visit has of q and lse, or of dout and delta.
+template <int Chunks, int Elements>
+__device__ __forceinline__ void load_rows(const BackwardArgs& a, const Visit& visit, const TensorMap& map,
+                                          const float* statistic, u16 (&rows)[Chunks][Elements],
+                                          float (&of_rows)[kRows], u64& full) {
+    barrier_arrive_expect(full, sizeof(rows) + sizeof(of_rows));
+#pragma unroll 1
+    for (int c = 0; c < Chunks; ++c) tma_load(rows[c], map, full, 64 * c, visit.head, visit.row0);
+    bulk_load(of_rows, statistic + static_cast<long long>(visit.head) * a.rows_pad + visit.row0, sizeof(of_rows), full);
 }
 
 // p = exp2(score - minus), both in log2 units: minus is the row's lse.

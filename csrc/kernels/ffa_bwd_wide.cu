@@ -12,7 +12,7 @@
 // one is shared: half of the keys each, of dq half of the rows. (Keys as columns of dK and dV is how FlashAttention-3
 // fits heads of 256, arXiv 2407.08608.)
 //
-// dq leaves in pieces of a few rows x 64 columns, through a ring of buffers of which each consumer has every other one.
+// dq leaves in pieces of a few rows x 64 columns, through a ring of buffers for each consumer.
 // The order of work, and why ordered visits never wait forever: ffa_bwd.cu.
 //
 // Macros: SHAPE, an index of kBackwardWideShapes (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16,
@@ -35,6 +35,7 @@ constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;  // where a visit may start
 constexpr int kPlanned = 8;                           // visits kept written down; storers are late readers
 constexpr int kScoreBlock = kKeys * 32;               // bytes of 16 rows of p or ds
 constexpr int kPieceRows = kShape.dq_rows, kPieces = kQChunks * (kRows / 2) / kPieceRows;  // of a consumer's dq a visit
+constexpr int kBuffers = kShape.dq_buffers / kConsumers;  // that a consumer's dq leaves through
 enum NamedBarrier { kScoresNear = 1, kPReady = 2, kDsReady = 3 };
 
 struct alignas(16) Item {                     // a tile of keys of one kv head
@@ -49,7 +50,7 @@ struct Plan {  // the planner's notes: it has few registers
     int index, kv_head, head;
     int tile_key0, tile_key1, first, num_slices;  // of the tile
     int slice, row0, row1, key0, key1, lo, hi;    // of one of its slices
-    int visit_row, down;                          // the tile's walk goes from the last row to the first
+    int down, top;                                // walk_tile
     const int* orders;                            // of the tile's visits, by block of rows
 };
 
@@ -57,32 +58,17 @@ struct Smem {
     u16 k[kQChunks][kKeys * 64], v[kVChunks][kKeys * 64];
     u16 q[kShape.q_stages][kQChunks][kRows * 64], dout[kShape.dout_stages][kVChunks][kRows * 64];
     u16 p[kKeys * kRows], ds[kKeys * kRows];  // [row / 16][key][row % 16], swizzled by hand
-    float dq[kShape.dq_buffers][kPieceRows * 64];
+    float dq[kConsumers][kBuffers][kPieceRows * 64];
     float lse[kShape.q_stages][kRows], delta[kShape.dout_stages][kRows];
     Visit visit[kPlanned];
     Item planned_item, item;
     Plan plan;
-    int no_more[kConsumers];  // visits, for a storer
     u64 item_planned, item_taken, visit_planned[kPlanned], visit_taken[kPlanned];
     u64 kv_full, kv_free, p_free, q_full[kShape.q_stages], q_free[kShape.q_stages];
     u64 dout_full[kShape.dout_stages], dout_free[kShape.dout_stages];
-    u64 dq_full[kShape.dq_buffers], dq_free[kShape.dq_buffers];
+    u64 dq_full[kConsumers][kBuffers], dq_free[kConsumers][kBuffers];
 };
 static_assert(kShape.dq_buffers % kConsumers == 0 && sizeof(Smem) <= kShape.smem() && kShape.smem() <= 227 * 1024);
-
-// A stage of a ring and the parity that ends its phase, walked without divisions.
-template <int N>
-struct Ring {
-    int at = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance(int step = 1) {
-        at += step;
-        if (at >= N) {
-            at -= N;
-            parity ^= 1;
-        }
-    }
-};
 
 }  // namespace magi
 
@@ -92,16 +78,11 @@ namespace magi {
 
 // ---- planner: one thread walks the tiles' slices, a little ahead of the loads
 // -----------------------------------------------------------------------------------------------------------------------
-// Writes down visit `n` of the current slice: rows from row0 on, and what of them the consumers may use.
-__device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n, int row0) {
-    Plan& plan = s.plan;
+// Where visit `n` is written down.
+__device__ __forceinline__ Visit& visit_to_plan(Smem& s, int n) {
     // The loader took visit n - 2 when the consumers were done with visit n - 4, so storers are with visit n - 5.
     if (n >= 2) barrier_wait(s.visit_taken[(n - 2) % kPlanned], (n - 2) / kPlanned & 1);
-    Visit& visit = s.visit[n % kPlanned];
-    visit.row0 = row0;
-    visit.head = plan.head;
-    describe_cells(plan, row0, visit);
-    barrier_arrive(s.visit_planned[n % kPlanned]);
+    return s.visit[n % kPlanned];
 }
 
 __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
@@ -114,11 +95,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         plan.tile_key0 = plan.tile_key1 = 0;
         if (!done) {
             find_tile(a, plan, next);
-            for (int i = 0; i < plan.num_slices; ++i) {
-                const Range rows = tile_columns(slice_at(a, plan.first, i), plan.tile_key0, plan.tile_key1);
-                if (rows.begin < rows.end) visits += ceil_div(rows.end - first_row(rows.begin), kRows);
-            }
-            visits *= a.heads_per_kv;
+            count_visits(a, plan, visits);
         }
         barrier_wait(s.item_taken, parity);
         s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0, plan.kv_head, visits};
@@ -126,20 +103,17 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
         if (done) break;
         if (visits == 0) continue;
         if (DETERMINISTIC) plan.orders = a.order + static_cast<long long>(plan.index) * a.num_blocks;
-        // A block of rows is visited for all heads of the group while its rows are in L2.
-        for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
-            if (!enter_slice(a, plan)) continue;
-            const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
-            for (int block = 0; block <= last; ++block) {
-                plan.visit_row = from + (plan.down ? last - block : block) * kRows;
-#pragma unroll 1
-                for (int h = 0; h < a.heads_per_kv; ++h) {
-                    plan.head = plan.kv_head * a.heads_per_kv + h;
-                    plan_visit(a, s, n++, plan.visit_row);
-                }
-            }
-        }
+        walk_tile(a, plan, [&](int row0) {
+            Visit& visit = visit_to_plan(s, n);
+            visit.row0 = row0;
+            visit.head = plan.head;
+            describe_cells(plan, row0, visit);
+            barrier_arrive(s.visit_planned[n % kPlanned]);
+            ++n;
+        });
     }
+    visit_to_plan(s, n).head = -1;  // for the storers
+    barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
 // ---- loader: one thread streams what is planned
@@ -166,27 +140,13 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
             asm volatile("" : "+r"(n));  // addresses are computed afresh: there are no registers to keep them
             const Visit& visit = s.visit[n % kPlanned];
             barrier_wait(s.visit_planned[n % kPlanned], n / kPlanned & 1);
-            {
-                const int stage = n % kShape.q_stages;
-                barrier_wait(s.q_free[stage], n / kShape.q_stages & 1 ^ 1);
-                barrier_arrive(s.visit_taken[n % kPlanned]);
-                barrier_arrive_expect(s.q_full[stage], sizeof(s.q[0]) + sizeof(s.lse[0]));
-#pragma unroll 1
-                for (int c = 0; c < kQChunks; ++c)
-                    tma_load(s.q[stage][c], a.q, s.q_full[stage], 64 * c, visit.head, visit.row0);
-                bulk_load(s.lse[stage], a.lse_log2 + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
-                          sizeof(s.lse[0]), s.q_full[stage]);
-            }
-            {
-                const int stage = n % kShape.dout_stages;
-                barrier_wait(s.dout_free[stage], n / kShape.dout_stages & 1 ^ 1);
-                barrier_arrive_expect(s.dout_full[stage], sizeof(s.dout[0]) + sizeof(s.delta[0]));
-#pragma unroll 1
-                for (int c = 0; c < kVChunks; ++c)
-                    tma_load(s.dout[stage][c], a.dout, s.dout_full[stage], 64 * c, visit.head, visit.row0);
-                bulk_load(s.delta[stage], a.delta + static_cast<long long>(visit.head) * a.rows_pad + visit.row0,
-                          sizeof(s.delta[0]), s.dout_full[stage]);
-            }
+            const int q_stage = n % kShape.q_stages;
+            barrier_wait(s.q_free[q_stage], n / kShape.q_stages & 1 ^ 1);
+            barrier_arrive(s.visit_taken[n % kPlanned]);
+            load_rows(a, visit, a.q, a.lse_log2, s.q[q_stage], s.lse[q_stage], s.q_full[q_stage]);
+            const int dout_stage = n % kShape.dout_stages;
+            barrier_wait(s.dout_free[dout_stage], n / kShape.dout_stages & 1 ^ 1);
+            load_rows(a, visit, a.dout, a.delta, s.dout[dout_stage], s.delta[dout_stage], s.dout_full[dout_stage]);
         }
     }
 }
@@ -194,36 +154,43 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
 // ---- storers: a thread for each consumer adds its pieces of dq to the workspace
 // ----------------------------------------------------------------------------------------------------------------
 __device__ void add_dq(const BackwardArgs& a, Smem& s, int w) {
-    Ring<kShape.dq_buffers> buffer{w};
+    Ring<kBuffers> buffer;
+    auto turn_of = [&](const Visit& visit) {
+        return a.turn + (visit.head * 2 + w) * a.num_blocks + visit.row0 / kRows;
+    };
+    bool my_turn = false;
     for (int n = 0;; ++n) {
+        const Visit& visit = s.visit[n % kPlanned];
+        barrier_wait(s.visit_planned[n % kPlanned], n / kPlanned & 1);
+        if (visit.head < 0) break;
+        // Past its order once this tile itself has been there, for another slice: that sum is done, see below.
+        if (DETERMINISTIC && !my_turn)
+            while (turn_read(turn_of(visit)) < visit.order) __nanosleep(20);
 #pragma unroll 1
         for (int piece = 0; piece < kPieces; ++piece) {
-            barrier_wait(s.dq_full[buffer.at], buffer.parity);
-            if (s.no_more[w]) {
-                bulk_wait();
-                return;
-            }
-            const Visit& visit = s.visit[n % kPlanned];
+            barrier_wait(s.dq_full[w][buffer.stage], buffer.parity);
             const int c = piece / (kRows / kPieceRows);
             const bool shared = c == kQChunks / 2;  // the last one of an odd number
             const int chunk = shared ? kQChunks - 1 : 2 * c + w;
             const int row = piece % (kRows / kPieceRows) * kPieceRows + (shared ? w * (kRows / 2) : 0);
-            int* const turn = a.turn + (visit.head * 2 + w) * a.num_blocks + visit.row0 / kRows;
-            // Past its order once this tile itself has been there, for another slice: that sum is done, see below.
-            if (DETERMINISTIC && piece == 0)
-                while (turn_read(turn) < visit.order) __nanosleep(20);
             bulk_add(a.dq_sum +
                          ((visit.head * static_cast<long long>(kQChunks) + chunk) * a.rows_pad + visit.row0 + row) * 64,
-                     s.dq[buffer.at], sizeof(s.dq[0]));
-            bulk_wait_read();
-            barrier_arrive(s.dq_free[buffer.at]);
-            if (DETERMINISTIC && piece == kPieces - 1) {
-                bulk_wait();  // the sums are in memory
-                turn_pass(turn);
+                     s.dq[w][buffer.stage], sizeof(s.dq[0][0]));
+            if (DETERMINISTIC && piece == kPieces - 1) {  // a look at the next turn takes as long as the add
+                const Visit& next = s.visit[(n + 1) % kPlanned];
+                my_turn = barrier_passed(s.visit_planned[(n + 1) % kPlanned], (n + 1) / kPlanned & 1) &&
+                          next.head >= 0 && turn_read(turn_of(next)) >= next.order;
             }
-            buffer.advance(kConsumers);
+            bulk_wait_read();
+            barrier_arrive(s.dq_free[w][buffer.stage]);
+            buffer.advance();
+        }
+        if (DETERMINISTIC) {
+            bulk_wait();  // the sums are in memory
+            turn_pass(turn_of(visit));
         }
     }
+    bulk_wait();
 }
 
 // ---- consumers
@@ -385,7 +352,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
     const u32 piece_at = odd * 1024 + ((warp * 256 + lane / 4 * 32 + lane % 2 * 16) ^ (odd * 64));
     Ring<kShape.q_stages> q_stage;
     Ring<kShape.dout_stages> dout_stage;
-    Ring<kShape.dq_buffers> buffer{w};
+    Ring<kBuffers> buffer;
     u32 visit = 0, kv_parity = 0, p_parity = 1;
 
     auto release = [&](u64& bar) {
@@ -396,16 +363,16 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
     auto store_dq = [&](const float* dq, int rows) {
 #pragma unroll
         for (int piece = 0; piece < rows / kPieceRows; ++piece) {
-            barrier_wait(s.dq_free[buffer.at], buffer.parity ^ 1);
-            const u32 to = smem_addr(s.dq[buffer.at]) + piece_at;
+            barrier_wait(s.dq_free[w][buffer.stage], buffer.parity ^ 1);
+            const u32 to = smem_addr(s.dq[w][buffer.stage]) + piece_at;
 #pragma unroll
             for (int j = 0; j < kPieceRows / 8; ++j) {
                 const float* x = dq + piece * (kPieceRows / 2) + 4 * j;
                 store_shared(to + j * 2048, x[0], x[1], x[2], x[3]);
             }
             fence_async_shared();
-            release(s.dq_full[buffer.at]);
-            buffer.advance(kConsumers);
+            release(s.dq_full[w][buffer.stage]);
+            buffer.advance();
         }
     };
     const u32 p_addr = smem_addr(s.p), ds_addr = smem_addr(s.ds);
@@ -419,16 +386,16 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
         dk.keep();
         dv.keep();
         for (int n = 0; n < num_visits; ++n, ++visit) {
-            const u32 q = smem_addr(s.q[q_stage.at][0]), dout = smem_addr(s.dout[dout_stage.at][0]);
+            const u32 q = smem_addr(s.q[q_stage.stage][0]), dout = smem_addr(s.dout[dout_stage.stage][0]);
             float x[kScores];
             // S by the first consumer; dP by the second, behind it: while the first computes p.
             if constexpr (w == 0) {
                 constexpr int kSteps = 4 * kQChunks;
-                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
+                barrier_wait(s.q_full[q_stage.stage], q_stage.parity);
                 wgmma_fence();
                 multiply_rows<0, kSteps - 4>(x, q, smem_addr(s.k[0]));
                 multiply_rows<kSteps - 4, kSteps>(x, q, smem_addr(s.k[0]));
-                const float2 lse = {s.lse[q_stage.at][row], s.lse[q_stage.at][row + 8]};
+                const float2 lse = {s.lse[q_stage.stage][row], s.lse[q_stage.stage][row + 8]};
                 const bool masked = s.visit[visit % kPlanned].masked;
                 wgmma_wait<1>();
                 SOFTCAP ? named_sync(kScoresNear, 256) : named_arrive(kScoresNear, 256);
@@ -445,27 +412,27 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
                 }
                 fence_async_shared();
             } else {
-                barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
+                barrier_wait(s.dout_full[dout_stage.stage], dout_stage.parity);
                 named_sync(kScoresNear, 256);
                 wgmma_fence();
                 multiply_rows<0, 4 * kVChunks>(x, dout, smem_addr(s.v[0]));
             }
             // Also: both consumers' products with ds of the visit before are done.
             named_sync(kPReady, 256);
-            if (w == 0) barrier_wait(s.dout_full[dout_stage.at], dout_stage.parity);
+            if (w == 0) barrier_wait(s.dout_full[dout_stage.stage], dout_stage.parity);
             wgmma_fence();
 #pragma unroll
             for (int c = 0; c < kVChunks / 2; ++c) dv.add_whole(c, dout, p_addr, w);
             dv.add_half(dout, p_addr, w);
             wgmma_commit();
             if constexpr (w == 1) {
-                const float2 delta = {s.delta[dout_stage.at][row], s.delta[dout_stage.at][row + 8]};
+                const float2 delta = {s.delta[dout_stage.stage][row], s.delta[dout_stage.stage][row + 8]};
                 wgmma_wait<1>();
                 pin(x);
                 score_gradients(p_addr + scores_at, ds_addr + scores_at, delta, x);
                 store_scores(ds_addr + scores_at, x);
                 fence_async_shared();
-                barrier_wait(s.q_full[q_stage.at], q_stage.parity);
+                barrier_wait(s.q_full[q_stage.stage], q_stage.parity);
             }
             named_sync(kDsReady, 256);
             // dq stored while dk is computed.
@@ -482,7 +449,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
                 if (c == 0) {
                     wgmma_wait<1>();
                     dv.keep();
-                    release(s.dout_free[dout_stage.at]);
+                    release(s.dout_free[dout_stage.stage]);
                     release(s.p_free);
                     wgmma_fence();
                 }
@@ -509,7 +476,7 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
             }
             wgmma_wait<0>();
             dk.keep();
-            release(s.q_free[q_stage.at]);
+            release(s.q_free[q_stage.stage]);
             q_stage.advance();
             dout_stage.advance();
         }
@@ -518,15 +485,11 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s) {
         write_gradient<kQChunks>(a, item, w, a.scale, a.dk, a.dk_row_stride, a.dk_head_stride, a.head_dim, dk);
         write_gradient<kVChunks>(a, item, w, 1.f, a.dv, a.dv_row_stride, a.dv_head_stride, a.v_dim, dv);
     }
-    barrier_wait(s.dq_free[buffer.at], buffer.parity ^ 1);
-    if (thread == 0) s.no_more[w] = 1;
-    release(s.dq_full[buffer.at]);
 }
 
 extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_constant__ BackwardArgs a) {
     extern __shared__ __align__(1024) char raw[];  // as the swizzle needs it
     Smem& s = *reinterpret_cast<Smem*>(raw);
-    if (threadIdx.x < kConsumers) s.no_more[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         barrier_init(s.item_planned, 1);
         barrier_init(s.item_taken, 1);
@@ -545,9 +508,11 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
             barrier_init(s.dout_full[i], 1);
             barrier_init(s.dout_free[i], 4 * kConsumers);
         }
-        for (int i = 0; i < kShape.dq_buffers; ++i) {
-            barrier_init(s.dq_full[i], 4);
-            barrier_init(s.dq_free[i], 1);
+        for (int i = 0; i < kBuffers; ++i) {
+            for (int w = 0; w < kConsumers; ++w) {
+                barrier_init(s.dq_full[w][i], 4);
+                barrier_init(s.dq_free[w][i], 1);
+            }
         }
         barrier_init_fence();
     }

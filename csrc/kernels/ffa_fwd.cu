@@ -39,15 +39,6 @@ constexpr bool kOverlap = !TRANSFORM || (kConsumers == 2 && V_DIM < 256);
 constexpr bool kPackEarly = kRoomy;
 constexpr int kTurnBarrier = 1;  // named barriers kTurnBarrier + consumer
 
-template <int Size>
-struct Ring {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ void advance() {
-        if (++stage == Size) stage = 0, parity ^= 1;
-    }
-};
-
 struct Work {                         // a tile of one head, or one consumer's share of it
     int row0, row1, head, num_steps;  // num_steps < 0: no more work
     int spare;  // with four words ptxas orders a plain step worse: 1 to 3 % of dense masks up to 16k

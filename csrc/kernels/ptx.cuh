@@ -35,6 +35,24 @@ __device__ __forceinline__ void barrier_wait(u64& bar, u32 parity) {
         "r"(parity)
         : "memory");
 }
+// Whether it has.
+__device__ __forceinline__ bool barrier_passed(u64& bar, u32 parity) {
+    u32 passed;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(passed)
+                 : "r"(smem_addr(&bar)), "r"(parity)
+                 : "memory");
+    return passed;
+}
+// Where a walk over the stages of a ring is, and the parity that ends their phase, without divisions.
+template <int Size>
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == Size) stage = 0, parity ^= 1;
+    }
+};
 
 // ---- named barriers: ids 1-15; 0 is __syncthreads ----
 __device__ __forceinline__ void named_sync(int id, int threads) {
