@@ -99,6 +99,11 @@ __device__ __forceinline__ void bulk_store(void* dst, const void* src, u32 bytes
                  "r"(smem_addr(src)), "r"(bytes)
                  : "memory");
 }
+// Line `line` of those bytes on its way to L2, where later writes to it would be seen: also ahead of a wait for the
+// kernel that writes them.
+__device__ __forceinline__ void prefetch_lines(const void* from, u32 bytes, u32 line) {
+    if (line * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + line * 128));
+}
 // Asks for bytes that will be read soon.
 __device__ __forceinline__ void bulk_prefetch(const void* src, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");

@@ -95,6 +95,30 @@ __device__ Range tile_range(const TilesArgs& a, const Cuts& c, int num_tiles, in
     return tile < num_tiles ? Range{row0, min(row0 + tile_rows, end)} : Range{0, 0};
 }
 
+// The same for up to 32 slices that come ordered by their first rows, as documents do: every warp by itself, a slice a
+// lane. Returns whether they do; `group` lanes share each of the tiles from `tile` of lane 0 on.
+__device__ __forceinline__ bool ordered_range(const TilesArgs& a, const Cuts& c, int tile, int group, Range& rows,
+                                              int& num_tiles) {
+    const int lane = threadIdx.x % 32, n = a.num_slices, end = rows_of(a);
+    const int start = lane < n ? c.start[lane] : end, next = __shfl_down_sync(~0u, start, 1);
+    if (__any_sync(~0u, lane < 31 && next < start)) return false;
+    const int begin = lane ? start : 0, stop = lane < 31 ? next : end;
+    const int last = sum_upto(ceil_div(stop - begin, a.table.tile_rows));  // tiles up to this slice's last
+    num_tiles = __shfl_sync(~0u, last, 31);
+    const int first = __shfl_sync(~0u, tile, 0);
+    int cut = 0;
+#pragma unroll 2
+    for (int i = 0; i < 32 / group; ++i) {
+        const int before = __popc(__ballot_sync(~0u, last <= first + i));
+        if (first + i == tile) cut = before;
+    }
+    const int slice = min(cut, 31), at = __shfl_sync(~0u, begin, slice), upto = __shfl_sync(~0u, stop, slice);
+    const int earlier = __shfl_sync(~0u, last, max(0, cut - 1));
+    const int row0 = at + (tile - (cut ? earlier : 0)) * a.table.tile_rows;
+    rows = tile < num_tiles ? Range{row0, min(row0 + a.table.tile_rows, upto)} : Range{0, 0};
+    return true;
+}
+
 __device__ Tile tile_of(const TilesArgs& a, Range rows, int first, int count, int steps) {
     return {rows.begin, a.table.cut ? first | (rows.end - rows.begin - 1) << kRowsShift : first,
             first >= 0 ? count : a.num_slices, steps};
@@ -113,6 +137,7 @@ struct SmallSmem {
 
 extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __grid_constant__ TilesArgs a) {
     __shared__ SmallSmem s;
+    prefetch_lines(a.slices, a.num_slices * sizeof(Slice), threadIdx.x);
     let_later_kernels_start();
     wait_for_earlier_kernels();  // the slices may be one's result, the workspace another's
     const TileTable& t = a.table;
@@ -127,13 +152,17 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
         if (t.cut) set_cut(a, s.cuts, i, c);
     }
     __syncthreads();
-    const int num_tiles = t.cut ? cut_rows(a, s.cuts) : t.num_tiles;
-    if (threadIdx.x == 0) *t.header = {0, 0, 0, num_tiles};
 
     // Some lanes share a tile, each with some slices: first those that have rows of it, then their steps.
     const int bits = lane_bits(t.num_tiles), group = 1 << bits, member = threadIdx.x & (group - 1);
     const int i = threadIdx.x >> bits, share = slices_of_lane(n, bits), first_slice = member * share;
-    const Range rows = tile_range(a, s.cuts, num_tiles, i, group);
+    int num_tiles = t.num_tiles;
+    Range rows;
+    if (!t.cut || n > 32 || !ordered_range(a, s.cuts, i, group, rows, num_tiles)) {
+        if (t.cut) num_tiles = cut_rows(a, s.cuts);
+        rows = tile_range(a, s.cuts, num_tiles, i, group);
+    }
+    if (threadIdx.x == 0) *t.header = {0, 0, 0, num_tiles};
     u32 hits = 0;
 #pragma unroll 2
     for (int j = 0; j < share && i < num_tiles; j += 2) {
@@ -141,11 +170,13 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
         hits |= static_cast<u32>(max(two.x, rows.begin) < min(two.y, rows.end)) << j |
                 static_cast<u32>(max(two.z, rows.begin) < min(two.w, rows.end)) << (j + 1);
     }
-    auto columns_of = [&](int slice) { return tile_columns(s.slice[slice], rows.begin, rows.end); };
+    auto steps_of = [&](int slice) { return num_steps(tile_columns(s.slice[slice], rows.begin, rows.end), t.step); };
+    int steps = 0;
 #pragma unroll 1
     for (u32 left = hits; left; left &= left - 1) {
-        const Range columns = columns_of(first_slice + __ffs(left) - 1);
-        if (columns.begin >= columns.end) hits &= ~(left & -left);
+        const int mine = steps_of(first_slice + __ffs(left) - 1);
+        if (mine == 0) hits &= ~(left & -left);
+        steps += mine;
     }
     const int own = __popc(hits), upto = sum_upto(own), warp = threadIdx.x / 32;
     if (lane == 31) s.warp_count[warp] = upto;
@@ -153,12 +184,10 @@ extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __
     int at = __reduce_add_sync(~0u, lane < warp ? s.warp_count[lane] : 0) + upto - own;
     const int first = __shfl_sync(~0u, at, lane & -group), count = group_sum(own, group);
     const bool fits = first <= t.capacity - count;
-    int steps = 0;
 #pragma unroll 1
-    for (u32 left = hits; left; left &= left - 1) {
-        const int slice = first_slice + __ffs(left) - 1, mine = num_steps(columns_of(slice), t.step);
-        steps += mine;
-        if (fits) t.pool[at++] = {s.slice[slice], slice, mine};
+    for (u32 left = fits ? hits : 0; left; left &= left - 1) {
+        const int slice = first_slice + __ffs(left) - 1;
+        t.pool[at++] = {s.slice[slice], slice, own == 1 ? steps : steps_of(slice)};
     }
     steps = group_sum(steps, group);
     if (member == 0 && i < num_tiles) {
