@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -19,11 +20,12 @@ using torch::stable::Tensor;
 
 #define MAGI_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
-inline std::string shape_string(const Tensor& t) {
+inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef shape) {
     std::string s = "[";
-    for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+    for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
     return s + "]";
 }
+inline std::string shape_string(const Tensor& t) { return shape_string(t.sizes()); }
 
 inline const char* dtype_string(ScalarType t) {
     switch (t) {
@@ -70,14 +72,9 @@ inline void check_same_shape(const Tensor& t, const Tensor& like, const char* na
 
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> expected, const char* name,
                         const char* meaning) {
-    bool same = t.dim() == (int64_t)expected.size();
-    std::string text = "[";
-    int64_t i = 0;
-    for (int64_t e : expected) {
-        same = same && t.size(i) == e;
-        text += (i++ ? ", " : "") + std::to_string(e);
-    }
-    MAGI_CHECK(same, name, " must have shape ", meaning, " = ", text, "], got ", shape_string(t));
+    const auto sizes = t.sizes();
+    MAGI_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, " must have shape ",
+               meaning, " = ", shape_string(expected), ", got ", shape_string(t));
 }
 
 inline int row_count(const Tensor& t, const char* name) {
@@ -85,11 +82,35 @@ inline int row_count(const Tensor& t, const char* name) {
     return (int)t.size(0);
 }
 
-// [n, width] int32, contiguous.
+// A new tensor on the device of `like`, with its dtype unless told otherwise. By strides: torch's new_empty goes
+// through the dispatcher twice.
+inline Tensor make_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+    constexpr size_t kMostDims = 64;
+    MAGI_CHECK(shape.size() <= kMostDims, "a tensor must have at most 64 dimensions, got ", shape.size());
+    int64_t strides[kMostDims], stride = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+        strides[i] = stride;
+        stride *= std::max<int64_t>(1, shape[i]);
+    }
+    int32_t device = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    const auto type =
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)shape.size(), shape.data(), strides, type, device,
+                                                    like.get_device_index(), &made));
+    return Tensor(made);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// [n, width] int32, contiguous and aligned to 8 bytes, which views of part of a tensor may not be.
 inline Tensor check_table(const Tensor& t, int64_t width, const char* name) {
     MAGI_CHECK(t.dim() == 2 && t.size(1) == width, name, " must have shape [n, ", width, "], got ", shape_string(t));
     check_dtype(t, ScalarType::Int, name);
-    return torch::stable::contiguous(t);
+    const Tensor table = as_contiguous(t);
+    return reinterpret_cast<uintptr_t>(table.data_ptr()) % 8 == 0 ? table : torch::stable::clone(table);
 }
 
 // [rows, heads, dim] with any strides but a contiguous last dimension; a copy is made only where that one is strided.

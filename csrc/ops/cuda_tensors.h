@@ -8,9 +8,7 @@
 
 namespace magi {
 
-inline Tensor scratch(const Tensor& like, size_t bytes) {
-    return torch::stable::new_empty(like, {(int64_t)bytes}, ScalarType::Byte);
-}
+inline Tensor scratch(const Tensor& like, size_t bytes) { return make_empty(like, {(int64_t)bytes}, ScalarType::Byte); }
 
 // A view that TMA can read, copied only where alignment or strides forbid it.
 inline Tensor mappable(const Tensor& t) {

@@ -7,8 +7,6 @@
 namespace magi {
 namespace {
 
-using torch::stable::new_empty;
-
 AttentionShape check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
     MAGI_CHECK(q.dim() == 3, "q must have shape [tokens, heads, head_dim], got ", shape_string(q));
     MAGI_CHECK(k.dim() == 3, "k must have shape [tokens, kv_heads, head_dim], got ", shape_string(k));
@@ -83,7 +81,7 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
                    shape.num_q_heads, "] (query heads), got ", shape_string(*sink));
         check_dtype(*sink, acc, "sink");
         check_device(*sink, q, "sink", "q");
-        call.inputs.push_back(torch::stable::contiguous(*sink));
+        call.inputs.push_back(as_contiguous(*sink));
         sink_data = call.inputs.back().data_ptr();
         num_sinks = (int)sink->size(0);
     }
@@ -96,16 +94,16 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
         check_dtype(*lse_prev, acc, "lse_prev");
         check_device(*out_prev, q, "out_prev", "q");
         check_device(*lse_prev, q, "lse_prev", "q");
-        call.inputs.push_back(torch::stable::contiguous(*out_prev));
+        call.inputs.push_back(as_contiguous(*out_prev));
         out_prev_data = call.inputs.back().data_ptr();
-        call.inputs.push_back(torch::stable::contiguous(*lse_prev));
+        call.inputs.push_back(as_contiguous(*lse_prev));
         lse_prev_data = call.inputs.back().data_ptr();
     }
 
-    call.out = new_empty(q, {shape.num_q, shape.num_q_heads, shape.v_dim}, out_type);
-    call.lse = new_empty(q, {shape.num_q, shape.num_q_heads}, acc);
+    call.out = make_empty(q, {shape.num_q, shape.num_q_heads, shape.v_dim}, out_type);
+    call.lse = make_empty(q, {shape.num_q, shape.num_q_heads}, acc);
     if (max_logits) {
-        call.max_logits = new_empty(q, {shape.num_q_heads}, acc);
+        call.max_logits = make_empty(q, {shape.num_q_heads}, acc);
         torch::stable::fill_(call.max_logits, -std::numeric_limits<double>::infinity());
     }
     call.params = {shape,
@@ -153,19 +151,19 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
 
     const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in),
                  dout = last_contiguous(dout_in);
-    const Tensor lse = torch::stable::contiguous(lse_in), delta = torch::stable::contiguous(delta_in);
+    const Tensor lse = as_contiguous(lse_in), delta = as_contiguous(delta_in);
     call.inputs = {q, k, v, dout, lse, delta, slices};
     const void* dq_prev_data = nullptr;
     if (dq_prev) {
         check_same_shape(*dq_prev, q, "dq_prev", "q");
         check_dtype(*dq_prev, grad_type, "dq_prev");
         check_device(*dq_prev, q, "dq_prev", "q");
-        call.inputs.push_back(torch::stable::contiguous(*dq_prev));
+        call.inputs.push_back(as_contiguous(*dq_prev));
         dq_prev_data = call.inputs.back().data_ptr();
     }
-    call.dq = new_empty(q, {shape.num_q, shape.num_q_heads, shape.head_dim}, grad_type);
-    call.dk = new_empty(k, {shape.num_k, shape.num_kv_heads, shape.head_dim}, grad_type);
-    call.dv = new_empty(v, {shape.num_k, shape.num_kv_heads, shape.v_dim}, grad_type);
+    call.dq = make_empty(q, {shape.num_q, shape.num_q_heads, shape.head_dim}, grad_type);
+    call.dk = make_empty(k, {shape.num_k, shape.num_kv_heads, shape.head_dim}, grad_type);
+    call.dv = make_empty(v, {shape.num_k, shape.num_kv_heads, shape.v_dim}, grad_type);
     call.params = {shape,
                    float_dtype(type, "q"),
                    float_dtype(grad_type, "grad_dtype"),
@@ -196,7 +194,7 @@ BandCall check_bands(const Tensor& q_ranges, const Tensor& k_ranges, const Tenso
     check_dtype(attn_type_map, ScalarType::Int, "attn_type_map");
     check_device(k, q, "k_ranges", "q_ranges");
     check_device(attn_type_map, q, "attn_type_map", "q_ranges");
-    return {q, k, torch::stable::contiguous(attn_type_map), new_empty(q, {n, 6})};
+    return {q, k, as_contiguous(attn_type_map), make_empty(q, {n, 6})};
 }
 
 DeltaCall check_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
@@ -207,12 +205,12 @@ DeltaCall check_delta(const Tensor& dout, const Tensor& out, const std::optional
     check_dtype(dout, out.scalar_type(), "dout");
     check_device(dout, out, "dout", "out");
     const ScalarType acc = accumulation_dtype(out.scalar_type());
-    DeltaCall call{last_contiguous(dout), last_contiguous(out), {}, new_empty(out, {out.size(0), out.size(1)}, acc)};
+    DeltaCall call{last_contiguous(dout), last_contiguous(out), {}, make_empty(out, {out.size(0), out.size(1)}, acc)};
     if (dlse) {
         check_shape(*dlse, {out.size(0), out.size(1)}, "dlse", "[tokens, heads]");
         check_dtype(*dlse, acc, "dlse");
         check_device(*dlse, out, "dlse", "out");
-        call.dlse = torch::stable::contiguous(*dlse);
+        call.dlse = as_contiguous(*dlse);
     }
     return call;
 }

@@ -6,9 +6,6 @@
 namespace magi {
 namespace {
 
-using torch::stable::contiguous;
-using torch::stable::new_empty;
-
 int64_t elements_per_row(const Tensor& t) {
     int64_t n = 1;
     for (int64_t i = 1; i < t.dim(); ++i) n *= t.size(i);
@@ -37,7 +34,7 @@ Tensor check_ranges(const Tensor& ranges, const Tensor& rows_tensor, int64_t num
 Tensor like_with_rows(const Tensor& t, int64_t rows) {
     std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
     shape[0] = rows;
-    return new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+    return make_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
 }
 
 }  // namespace
@@ -46,7 +43,7 @@ GatherCall check_gather(const Tensor& x, const Tensor& ranges, int64_t total) {
     MAGI_CHECK(x.dim() >= 1, "x must have at least one dimension");
     MAGI_CHECK(total >= 0, "total must not be negative, got ", total);
     const Tensor table = check_ranges(ranges, x, x.size(0), total, "x", "total");
-    return {contiguous(x), table, like_with_rows(x, total), elements_per_row(x)};
+    return {as_contiguous(x), table, like_with_rows(x, total), elements_per_row(x)};
 }
 
 ScatterCall check_scatter(const Tensor& y, const Tensor& ranges, int64_t rows, const std::string& op) {
@@ -55,7 +52,7 @@ ScatterCall check_scatter(const Tensor& y, const Tensor& ranges, int64_t rows, c
     float_dtype(y.scalar_type(), "y");
     MAGI_CHECK(op == "sum" || op == "mean", "op must be 'sum' or 'mean', got '", op, "'");
     const Tensor table = check_ranges(ranges, y, rows, y.size(0), "y", "the rows of y");
-    return {contiguous(y), table, like_with_rows(y, rows), elements_per_row(y), op == "mean"};
+    return {as_contiguous(y), table, like_with_rows(y, rows), elements_per_row(y), op == "mean"};
 }
 
 MergeCall check_merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
@@ -73,8 +70,8 @@ MergeCall check_merge(const Tensor& out_a, const Tensor& lse_a, const Tensor& ou
     check_dtype(lse_b, acc, "lse_i");
     for (auto [t, name] : {std::pair{&lse_a, "lse"}, {&out_b, "out_i"}, {&lse_b, "lse_i"}})
         check_device(*t, out_a, name, "out");
-    const Tensor a = contiguous(out_a), la = contiguous(lse_a);
-    return {a, la, contiguous(out_b), contiguous(lse_b), new_empty(a, a.sizes()), new_empty(la, la.sizes())};
+    const Tensor a = as_contiguous(out_a), la = as_contiguous(lse_a);
+    return {a, la, as_contiguous(out_b), as_contiguous(lse_b), make_empty(a, a.sizes()), make_empty(la, la.sizes())};
 }
 
 }  // namespace magi

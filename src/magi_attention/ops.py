@@ -12,6 +12,7 @@ SymInt-clean), the gradient, and the FLOP count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,42 @@ def raise_if_grad(op: torch._ops.OpOverload, instead: str) -> None:
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
         # Runs on every eager call: names are looked up only where something requires a gradient.
-        if torch.is_grad_enabled():
-            for values in (args, kwargs.values()):
-                for value in values:
-                    if isinstance(value, list) or (isinstance(value, Tensor) and value.requires_grad):
-                        refuse(*args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
+            refuse(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*args, **kwargs)
+
+    _library.impl(op.name().removeprefix("magi::"), autograd, "Autograd")
+
+
+def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
+    """`torch.library.register_autograd` with a short way for calls that need no gradient, which is a host's most.
+
+    `backward` and `setup_context` are as there. A call without gradients saves 6 us of 33 (a 2-core virtual machine).
+    """
+    kernel = op._op
+    defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+    positional = [a.name for a in op._schema.arguments if not a.kwarg_only]
+    options = {a.name: a.default_value for a in op._schema.arguments if a.kwarg_only}
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            *args, given = values
+            args += [defaults[name] for name in positional[len(args) :]]  # the dispatcher leaves defaults out
+            with torch._C._AutoDispatchBelowAutograd():
+                output = kernel(*args, **given)
+            keywords = {"keyword_only_inputs": {**options, **given}} if options else {}
+            setup_context(ctx=ctx, inputs=tuple(args), output=output, **keywords)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return *backward(ctx, *gradients), None
+
+    def autograd(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Differentiable.apply(*args, kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(*args, **kwargs)
 
@@ -224,8 +256,8 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | No
     return dq, dk, dv, None, dsink
 
 
-for _name in ("magi::ffa.slices", "magi::ffa_max_logits"):
-    torch.library.register_autograd(_name, _ffa_backward, setup_context=_ffa_setup_context)
+for _op in (_ops.ffa.slices, _ops.ffa_max_logits.default):
+    differentiate(_op, _ffa_backward, _ffa_setup_context)
 
 for _op in (_ops.ffa_fwd.default, _ops.ffa_fwd_max_logits.default, _ops.ffa_bwd.default, _ops.ffa_delta.default):
     raise_if_grad(_op, "call torch.ops.magi.ffa or magi_attention.attend, or detach it")
@@ -292,8 +324,8 @@ def _scatter_backward(ctx, dx: Tensor):
     return _ops.range_gather(dx, ranges, ctx.total), None, None, None
 
 
-torch.library.register_autograd("magi::range_gather", _gather_backward, setup_context=_gather_setup_context)
-torch.library.register_autograd("magi::range_scatter_reduce", _scatter_backward, setup_context=_scatter_setup_context)
+differentiate(_ops.range_gather.default, _gather_backward, _gather_setup_context)
+differentiate(_ops.range_scatter_reduce.default, _scatter_backward, _scatter_setup_context)
 
 
 # ---------------------------------------------------------------- merging
@@ -319,7 +351,7 @@ def _merge_backward(ctx, dout: Tensor, dlse: Tensor):
     return *partial(out_a, lse_a), *partial(out_b, lse_b)
 
 
-torch.library.register_autograd("magi::merge_partials", _merge_backward, setup_context=_merge_setup_context)
+differentiate(_ops.merge_partials.default, _merge_backward, _merge_setup_context)
 
 
 # ---------------------------------------------------------------- one device
