@@ -48,6 +48,22 @@ def test_scatter_reduce(op, count, width, dtype):
     assert torch.equal(got, ops.range_scatter_reduce(y.cuda(), ranges.cuda(), 333, op))
 
 
+@pytest.mark.parametrize("count", [4096, 5000])  # more ranges touch a block's rows than it lists
+def test_scatter_reduce_of_crowded_rows(count):
+    rng = torch.Generator().manual_seed(count)
+    ranges = ranges_of(rng, count, 16, 10)
+    y = torch.randn(int((ranges[:, 1] - ranges[:, 0]).sum()), 256, generator=rng).bfloat16()
+    got = ops.range_scatter_reduce(y.cuda(), ranges.cuda(), 16)
+    torch.testing.assert_close(got.cpu(), ops.range_scatter_reduce(y, ranges, 16), rtol=1e-2, atol=1e-5)
+
+
+def test_ranges_of_any_alignment():
+    x = torch.randn(64, 64, device="cuda")
+    flat = torch.tensor([9, 3, 10, 60, 64, 0, 1], dtype=torch.int32)
+    want = torch.cat([x[3:10], x[60:64], x[0:1]])
+    assert torch.equal(ops.range_gather(x, flat.cuda()[1:].view(3, 2), len(want)), want)
+
+
 @pytest.mark.parametrize("dim", [1, 20, 64, 128])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float16)]

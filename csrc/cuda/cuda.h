@@ -23,8 +23,10 @@ void ffa_delta(Dtype dtype, int num_rows, int num_heads, int dim, const Heads& d
 size_t ranges_workspace(int64_t num_ranges);
 void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, const RowRange* ranges,
                   int64_t num_ranges, void* workspace, int device);
-void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements,
-                          const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace, int device);
+// src has `total` rows, dst num_rows.
+void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t total, int64_t num_rows,
+                          int64_t row_elements, const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace,
+                          int device);
 void merge_partials(Dtype dtype_a, const void* out_a, const float* lse_a, Dtype dtype_b, const void* out_b,
                     const float* lse_b, void* out, float* lse, int64_t num_rows, int dim, int device);
 void band_slices(const RowRange* q_ranges, const RowRange* k_ranges, const int* types, Slice* slices, int num_slices,

@@ -30,10 +30,14 @@ bool aligned(std::initializer_list<const void*> pointers, int bytes) {
 Grid fill(int64_t blocks, int device) { return {(unsigned)std::clamp<int64_t>(blocks, 1, 8LL * num_sms(device))}; }
 Grid one_each(int64_t blocks, int device) { return {(unsigned)std::clamp<int64_t>(blocks, 1, num_sms(device))}; }
 
-// The running sums of the ranges go to memory first, unless they are few and each block sums for itself (null).
-const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, bool by_block, void* workspace, int device,
+bool bulk_rows(int64_t row_bytes) { return row_bytes % 16 == 0 && row_bytes <= INT32_MAX; }
+
+// The running sums of the ranges go to memory first, unless these and their `total` rows are few and each block sums
+// for itself (null).
+constexpr int64_t kNever = INT64_MAX;
+const long long* scan_ranges(const RowRange* ranges, int64_t num_ranges, int64_t total, void* workspace, int device,
                              void* stream) {
-    if (by_block && num_ranges <= kFewRanges) return nullptr;
+    if (num_ranges <= kFewRanges && total <= INT32_MAX) return nullptr;
     auto* first = static_cast<long long*>(workspace);
     launch(kernel("rows", "scan", device, 0), {1}, 1024, 0, stream, ScanArgs{ranges, first, (int)num_ranges});
     return first;
@@ -47,13 +51,13 @@ void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, 
                   int64_t num_ranges, void* workspace, int device) {
     if (total == 0 || row_bytes == 0) return;
     void* stream = current_stream(device);
-    const bool bulk = row_bytes % 16 == 0 && aligned({src, dst}, 16);
-    const long long* first = scan_ranges(ranges, num_ranges, bulk, workspace, device, stream);
+    const bool bulk = bulk_rows(row_bytes) && aligned({src, dst}, 16);
+    const long long* first = scan_ranges(ranges, num_ranges, bulk ? total : kNever, workspace, device, stream);
     const GatherArgs args{(const char*)src, (char*)dst, ranges, first, (int)num_ranges, total, row_bytes};
     if (bulk) {
         const int64_t stages = (total * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
-        launch(kernel("rows", "gather16", device, kRowSmem), one_each(stages, device), 32 * kRowWarps, kRowSmem, stream,
-               args, /*overlap=*/true);
+        launch(kernel("rows", "gather16", device, kGatherSmem), one_each(stages, device), 32 * kGatherWarps,
+               kGatherSmem, stream, args, /*overlap=*/true);
     } else {
         const char* gather = row_bytes % 4 == 0 && aligned({src, dst}, 4) ? "gather4" : "gather1";
         const int64_t tile_rows = std::clamp<int64_t>(32768 / row_bytes, 1, kThreads);
@@ -62,23 +66,25 @@ void range_gather(const void* src, void* dst, int64_t row_bytes, int64_t total, 
     }
 }
 
-void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t num_rows, int64_t row_elements,
-                          const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace, int device) {
+void range_scatter_reduce(Dtype dtype, const void* src, void* dst, int64_t total, int64_t num_rows,
+                          int64_t row_elements, const RowRange* ranges, int64_t num_ranges, bool mean, void* workspace,
+                          int device) {
     if (num_rows == 0 || row_elements == 0) return;
     if (num_rows > INT32_MAX) throw std::runtime_error("magi_attention: rows must be less than 2**31 on CUDA");
     void* stream = current_stream(device);
     const int type = element_type(dtype, "y");
     const int64_t row_bytes = row_elements * (type == kElementF32 ? 4 : 2);
-    const bool bulk = row_bytes % 16 == 0 && aligned({src, dst}, 16);
-    const long long* first = scan_ranges(ranges, num_ranges, bulk, workspace, device, stream);
-    const ScatterArgs args{src, dst, ranges, first, (int)num_ranges, num_rows, row_elements, type, mean};
+    const bool bulk = bulk_rows(row_bytes) && aligned({src, dst}, 16);
+    const long long* first = scan_ranges(ranges, num_ranges, bulk ? total : kNever, workspace, device, stream);
+    const ScatterArgs args{src,      dst,          ranges, first, static_cast<long long*>(workspace), (int)num_ranges,
+                           num_rows, row_elements, type,   mean};
     if (bulk) {
         const char* scatter = type == kElementF32    ? "scatter_f32"
                               : type == kElementBF16 ? "scatter_bf16"
                                                      : "scatter_f16";
         const int64_t stages = (num_rows * row_bytes + kRowStageBytes - 1) / kRowStageBytes;
-        launch(kernel("rows", scatter, device, kRowSmem), one_each(stages, device), 32 * kRowWarps, kRowSmem, stream,
-               args, /*overlap=*/true);
+        launch(kernel("rows", scatter, device, kScatterSmem), one_each(stages, device), 32 * kScatterWarps,
+               kScatterSmem, stream, args, /*overlap=*/true);
     } else {
         launch(kernel("rows", "scatter1", device, 0), fill((num_rows + 7) / 8, device), kThreads, 0, stream, args);
     }

@@ -59,7 +59,7 @@ struct ForwardArgs {
 };
 
 // rows.cu: memory-bound row movement. Ranges are [num_ranges, 2] begin, end.
-struct RowRange {
+struct alignas(8) RowRange {
     int begin, end;
 };
 enum ElementType { kElementF16, kElementBF16, kElementF32 };
@@ -68,8 +68,8 @@ struct GatherArgs {
     const char* src;
     char* dst;
     const RowRange* ranges;
-    // [num_ranges + 1] running sum of their lengths; null: at most kFewRanges, and each block sums for itself (gather16
-    // and the scatters of whole vectors only)
+    // [num_ranges + 1] running sum of their lengths; null: at most kFewRanges of less than 2^31 rows, and each block
+    // sums for itself (gather16 and the scatters of whole vectors only)
     const long long* first;
     int num_ranges;
     long long total;  // rows of dst
@@ -85,6 +85,7 @@ struct ScatterArgs {
     void* dst;
     const RowRange* ranges;
     const long long* first;  // as above
+    long long* scratch;      // [num_ranges + 1], for a block whose list does not hold its ranges
     int num_ranges;
     long long num_rows, row_elements;
     int type, mean;  // type: ElementType
@@ -112,10 +113,13 @@ struct BandArgs {
     int num_slices;
 };
 constexpr int kFewRanges = 4096;
-// Kernels that move rows by bulk copies: one block a multiprocessor, every warp with a ring of stages
-// of its own; beside these barriers, sums of ranges and lists of them.
-constexpr int kRowWarps = 12, kRowStages = 3, kRowStageBytes = 4096;
-constexpr unsigned kRowSmem = kRowWarps * kRowStages * (kRowStageBytes + 24) + 8 * (kFewRanges + 2) + 4 * 4096;
+// Kernels that move rows by bulk copies: one block a multiprocessor, every warp with a ring of stages of its own;
+// beside these barriers, and ranges or a list of them.
+constexpr int kGatherWarps = 12, kGatherStages = 3, kScatterWarps = 16, kScatterStages = 3;
+constexpr int kHits = 1024;  // ranges that touch a block's rows and are listed
+constexpr unsigned kRowStageBytes = 4096;
+constexpr unsigned kGatherSmem = kGatherWarps * kGatherStages * (kRowStageBytes + 8) + 8 * kFewRanges + 4096;
+constexpr unsigned kScatterSmem = kScatterWarps * kScatterStages * (kRowStageBytes + 24) + 16 * kHits + 2048;
 constexpr int kMergeEights = 1024;  // of a block of merge8
 
 }  // namespace magi

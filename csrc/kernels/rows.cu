@@ -9,10 +9,11 @@ constexpr int kThreads = 256;  // of kernels that use no rings
 
 // ---- ranges ----
 // The sum of x over the lanes up to this one.
-__device__ __forceinline__ long long sum_upto(long long x) {
+template <class Int>
+__device__ __forceinline__ Int sum_upto(Int x) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const long long below = __shfl_up_sync(~0u, x, step);
+        const Int below = __shfl_up_sync(~0u, x, step);
         if (threadIdx.x % 32 >= step) x += below;
     }
     return x;
@@ -94,88 +95,153 @@ __device__ int range_of(const long long* first, int num_ranges, long long unit, 
     return low;
 }
 
-// ---- rings: bulk copies arrive in a warp's own stages ----
-constexpr int kHits = 4096;
+// ---- up to kFewRanges ranges, by every block for itself ----
+// Kernels of microseconds wait for their own instructions and for each other's warps: 32 ranges at a time are a group,
+// whose sum is one instruction, and who looks for a row looks through a group as a warp. Rows are less than 2^31.
+constexpr int kGroups = kFewRanges / 32;
 
-struct Layer {  // of a scatter-reduce: rows of one tile that arrive together, none of them twice
-    int tile;   // < 0: no more work
-    u32 rows;   // a bit each
-    int last;   // of its tile
-};
-struct RowSmem {
-    char stage[kRowWarps][kRowStages][kRowStageBytes];
-    u64 full[kRowWarps][kRowStages];
-    Layer layer[kRowWarps][kRowStages];
-    long long few[kFewRanges + 1];
-    int hits[kHits];
-};
-static_assert(sizeof(RowSmem) <= kRowSmem && kRowSmem <= 226 * 1024);
+__device__ __forceinline__ u32 length_of(RowRange r) { return max(0, r.end - r.begin); }
 
-__device__ RowSmem& row_smem() {
-    extern __shared__ __align__(128) char raw[];
-    return *reinterpret_cast<RowSmem*>(raw);
+struct Groups {     // what comes before groups, and all of them
+    u32 before[4];  // groups 4 * lane and three more
+    u32 all;
+    // By whole warps.
+    __device__ __forceinline__ u32 before_group(int group) const {
+        const u32 even = group & 2 ? before[2] : before[0], odd = group & 2 ? before[3] : before[1];
+        return __shfl_sync(~0u, group & 1 ? odd : even, group / 4);
+    }
+};
+__device__ __forceinline__ Groups groups_of(const u32* sums) {  // [kGroups] in shared memory
+    const uint4 own = reinterpret_cast<const uint4*>(sums)[threadIdx.x % 32];
+    const u32 sum = own.x + own.y + own.z + own.w, upto = sum_upto(sum), before = upto - sum;
+    return {{before, before + own.x, before + own.x + own.y, before + own.x + own.y + own.z},
+            __shfl_sync(~0u, upto, 31)};
 }
 
-// The warp's barriers made ready, and the running sums of the ranges. Short kernels wait for their own instructions and
-// for each other's warps: up to 32 ranges every warp sums by itself, in a few lines.
-__device__ const long long* prepare(RowSmem& s, const RowRange* ranges, int num_ranges, const long long* first) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (lane < kRowStages) barrier_init(s.full[warp][lane], 1);
+// The block's warps take groups in turns: visit(i, group, ranges) with one of each lane, or an empty one. Sums of
+// groups after those must be zero.
+template <int kWarps>
+constexpr int kOwnGroups = (kGroups + kWarps - 1) / kWarps;
+template <int kWarps, class Visit>
+__device__ __forceinline__ void share_groups(const RowRange* ranges, int num_ranges, Visit visit) {
+    constexpr int kOwn = kOwnGroups<kWarps>;
+    const int warp = threadIdx.x / 32, first = 32 * warp + threadIdx.x % 32;
+    RowRange mine[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        constexpr int kApart = 32 * kWarps;
+        mine[i] = first + kApart * i < num_ranges ? ranges[first + kApart * i] : RowRange{0, 0};
+    }
+    __syncwarp();  // ptxas must not wait for one before it asks for another
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+        if (32 * kWarps * i < num_ranges) visit(i, warp + kWarps * i, mine[i]);
+}
+// Whether a group's sum is not written by share_groups.
+template <int kWarps>
+__device__ __forceinline__ bool past_groups(int group, int num_ranges) {
+    return group < kGroups && group / kWarps * kWarps * 32 >= num_ranges;
+}
+
+// ---- rings: bulk copies arrive in a warp's own stages ----
+// A warp's barriers made ready; ranges on their way to L2, where later writes to them would be seen.
+template <int kStages>
+__device__ __forceinline__ void start_ring(u64 (&full)[kStages], const RowRange* ranges, int num_ranges) {
+    if (threadIdx.x % 32 < kStages) barrier_init(full[threadIdx.x % 32], 1);
+    prefetch_lines(ranges, num_ranges * sizeof(RowRange), threadIdx.x * gridDim.x + blockIdx.x);
     barrier_init_fence();
     __syncwarp();
     let_later_kernels_start();
     wait_for_earlier_kernels();
-    if (first) return first;
-    if (num_ranges > 32) {
-        scan_ranges(ranges, num_ranges, s.few);
-        return s.few;
-    }
-    const RowRange mine = lane < num_ranges ? ranges[lane] : RowRange{0, 0};
-    long long* few = s.few + 33 * warp;
-    few[lane + 1] = sum_upto(max(0, mine.end - mine.begin));
-    if (lane == 0) few[0] = 0;
-    __syncwarp();
-    return few;
 }
 
 // ---- gather: pieces of ranges, cut into stages of the output ----
-extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void gather16(const __grid_constant__ GatherArgs a) {
-    RowSmem& s = row_smem();
-    const long long* first = prepare(s, a.ranges, a.num_ranges, a.first);
+struct GatherSmem {
+    char stage[kGatherWarps][kGatherStages][kRowStageBytes];
+    u64 full[kGatherWarps][kGatherStages];
+    alignas(16) u32 group_sum[kOwnGroups<kGatherWarps> * kGatherWarps];
+    RowRange ranges[kOwnGroups<kGatherWarps> * kGatherWarps *
+                    32];  // up to 32: a copy for each warp, which then waits for no other
+};
+static_assert(sizeof(GatherSmem) <= kGatherSmem && kGatherSmem <= 226 * 1024);
+
+extern "C" __global__ __launch_bounds__(32 * kGatherWarps, 1) void gather16(const __grid_constant__ GatherArgs a) {
+    extern __shared__ __align__(128) char raw[];
+    GatherSmem& s = *reinterpret_cast<GatherSmem*>(raw);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const long long bytes = min(a.total, first[a.num_ranges]) * a.row_bytes;
+    const u32 row_bytes = a.row_bytes;
+    start_ring(s.full[warp], a.ranges, a.num_ranges);
+    const RowRange* ranges = s.ranges;
+    Groups groups{};
+    if (!a.first && a.num_ranges <= 32) {
+        const RowRange mine = lane < a.num_ranges ? a.ranges[lane] : RowRange{0, 0};
+        s.ranges[threadIdx.x] = mine;
+        ranges = s.ranges + 32 * warp;
+        const u32 all = __reduce_add_sync(~0u, length_of(mine));
+        groups = {{lane ? all : 0, all, all, all}, all};
+        __syncwarp();
+    } else if (!a.first) {
+        if (past_groups<kGatherWarps>(threadIdx.x, a.num_ranges)) s.group_sum[threadIdx.x] = 0;
+        share_groups<kGatherWarps>(a.ranges, a.num_ranges, [&](int, int group, RowRange mine) {
+            s.ranges[32 * group + lane] = mine;
+            const u32 sum = __reduce_add_sync(~0u, length_of(mine));
+            if (lane == 0) s.group_sum[group] = sum;
+        });
+        __syncthreads();
+        groups = groups_of(s.group_sum);
+    }
+    const long long rows = a.first ? a.first[a.num_ranges] : groups.all, bytes = min(a.total, rows) * row_bytes;
     // Bytes of dst; neighbours in time are neighbours in memory.
     auto begin_of = [&](int n) {
-        return ((static_cast<long long>(n) * kRowWarps + warp) * gridDim.x + blockIdx.x) * kRowStageBytes;
+        return ((static_cast<long long>(n) * kGatherWarps + warp) * gridDim.x + blockIdx.x) * kRowStageBytes;
     };
     auto load = [&](int n) {
         const long long begin = begin_of(n), end = min(begin + kRowStageBytes, bytes);
         if (begin >= end) return;
-        u64& full = s.full[warp][n % kRowStages];
-        char* to = s.stage[warp][n % kRowStages];
+        u64& full = s.full[warp][n % kGatherStages];
+        char* to = s.stage[warp][n % kGatherStages];
         if (lane == 0) barrier_arrive_expect(full, end - begin);
-        long long upto = begin;
-        for (int i = range_of(first, a.num_ranges, a.row_bytes, begin) + lane; upto < end; i += 32) {
-            const bool valid = i < a.num_ranges;
-            const long long at = valid ? first[i] * a.row_bytes : end, from = max(begin, at);
-            upto = valid ? min(end, first[i + 1] * a.row_bytes) : end;
-            if (from < upto)
-                bulk_load(to + (from - begin), a.src + a.ranges[i].begin * a.row_bytes + (from - at), upto - from,
+        auto load_piece = [&](int range_begin, long long at, long long upto) {  // of a range in [at, upto)
+            const long long from = max(begin, at), piece = min(end, upto) - from;
+            if (piece > 0)
+                bulk_load(to + (from - begin), a.src + static_cast<u64>(row_bytes) * range_begin + (from - at), piece,
                           full);
-            upto = __shfl_sync(~0u, upto, 31);
+        };
+        if (a.first) {
+            long long upto = begin;
+            for (int i = range_of(a.first, a.num_ranges, row_bytes, begin) + lane; upto < end; i += 32) {
+                const bool valid = i < a.num_ranges;
+                upto = valid ? a.first[i + 1] * row_bytes : end;
+                if (valid) load_piece(a.ranges[i].begin, a.first[i] * row_bytes, upto);
+                upto = __shfl_sync(~0u, upto, 31);
+            }
+        } else {
+            int group = 0;  // the last that begins here or before
+#pragma unroll
+            for (int i = 0; i < 4; ++i) group += static_cast<u64>(groups.before[i]) * row_bytes <= begin;
+            group = __reduce_add_sync(~0u, group) - 1;
+            u32 row = groups.before_group(group);
+            for (;; ++group) {
+                const RowRange r = ranges[32 * group + lane];
+                const u32 upto = row + sum_upto(length_of(r));
+                load_piece(r.begin, static_cast<u64>(upto - length_of(r)) * row_bytes,
+                           static_cast<u64>(upto) * row_bytes);
+                row = __shfl_sync(~0u, upto, 31);
+                if (static_cast<u64>(row) * row_bytes >= end) break;
+            }
         }
     };
-    for (int n = 0; n < kRowStages; ++n) load(n);
+    for (int n = 0; n < kGatherStages; ++n) load(n);
     for (int n = 0; begin_of(n) < bytes; ++n) {
-        const int stage = n % kRowStages;
-        barrier_wait(s.full[warp][stage], n / kRowStages % 2);
+        const int stage = n % kGatherStages;
+        barrier_wait(s.full[warp][stage], n / kGatherStages % 2);
         const long long begin = begin_of(n);
         if (lane == 0) {
             bulk_store(a.dst + begin, s.stage[warp][stage], min(bytes - begin, static_cast<long long>(kRowStageBytes)));
             bulk_wait_read<1>();  // all but this store have read their stage
         }
         __syncwarp();
-        if (n > 0) load(n - 1 + kRowStages);
+        if (n > 0) load(n - 1 + kGatherStages);
     }
     if (lane == 0) bulk_wait_read<0>();
 }
@@ -260,8 +326,9 @@ __device__ void load_eight(const void* data, int type, long long i, float (&x)[8
     }
 }
 // ---- scatter-reduce: each row is summed once, in fp32, over its positions in ascending order ----
-// The ranges that touch rows [row0, row1), ascending, in hits; returns how many, or -1 where kHits do not hold them.
-__device__ int find_hits(const RowRange* ranges, int num_ranges, int row0, int row1, int* hits) {
+// Calls keep(place, range) for the ranges that touch rows [row0, row1), ascending; returns how many.
+template <class Keep>
+__device__ long long find_hits(const RowRange* ranges, int num_ranges, int row0, int row1, Keep keep) {
     long long carry = 0;
     share_ranges(ranges, num_ranges, [&](int lane_first, int own, const RowRange(&mine)[kOwnRanges]) {
         const int lane = threadIdx.x % 32;
@@ -276,14 +343,76 @@ __device__ int find_hits(const RowRange* ranges, int num_ranges, int row0, int r
         long long at = __shfl_sync(~0u, before, 0);
 #pragma unroll
         for (int i = 0; i < kOwnRanges; ++i) {
-            const long long to = at + __popc(hit[i] & ((1u << lane) - 1));
-            if ((hit[i] >> lane & 1) && to < kHits) hits[to] = lane_first + 32 * i;
+            if (hit[i] >> lane & 1) keep(at + __popc(hit[i] & ((1u << lane) - 1)), lane_first + 32 * i);
             at += __popc(hit[i]);
         }
         carry += all;
     });
     __syncthreads();
-    return carry <= kHits ? carry : -1;
+    return carry;
+}
+
+struct alignas(16) Hit {  // a range that touches a block's rows
+    int begin, end;
+    long long first;  // its rows come from there on
+};
+struct Layer {  // rows of one tile that arrive together, none of them twice
+    int tile;   // < 0: no more work
+    u32 rows;   // a bit each
+    int last;   // of its tile
+};
+struct ScatterSmem {
+    char stage[kScatterWarps][kScatterStages][kRowStageBytes];
+    u64 full[kScatterWarps][kScatterStages];
+    Layer layer[kScatterWarps][kScatterStages];
+    alignas(16) u32 group_sum[kOwnGroups<kScatterWarps> * kScatterWarps];
+    alignas(16) u32 group_hits[kOwnGroups<kScatterWarps> * kScatterWarps];
+    Hit hits[kHits];  // up to 32 ranges: all, for each warp
+};
+static_assert(sizeof(ScatterSmem) <= kScatterSmem && kScatterSmem <= 226 * 1024 && kHits >= 32 * kScatterWarps);
+
+// Lists the ranges that touch rows [row0, row1), ascending, and points to the list; returns how many, or -1 where it
+// does not hold them.
+__device__ __forceinline__ int list_hits(const ScatterArgs& a, ScatterSmem& s, int row0, int row1, const Hit*& hits) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    hits = s.hits;
+    if (a.first) {
+        const long long found = find_hits(a.ranges, a.num_ranges, row0, row1, [&](long long place, int i) {
+            if (place < kHits) s.hits[place] = {a.ranges[i].begin, a.ranges[i].end, a.first[i]};
+        });
+        return found <= kHits ? found : -1;
+    }
+    if (a.num_ranges <= 32) {  // all are looked at
+        const RowRange r = lane < a.num_ranges ? a.ranges[lane] : RowRange{0, 0};
+        s.hits[threadIdx.x] = {r.begin, r.end, sum_upto(length_of(r)) - length_of(r)};
+        hits = s.hits + threadIdx.x / 32 * 32;
+        __syncwarp();
+        return a.num_ranges;
+    }
+    RowRange mine[kOwnGroups<kScatterWarps>];
+    u32 hit[kOwnGroups<kScatterWarps>] = {};  // a bit for each lane
+    if (past_groups<kScatterWarps>(threadIdx.x, a.num_ranges)) s.group_sum[threadIdx.x] = s.group_hits[threadIdx.x] = 0;
+    share_groups<kScatterWarps>(a.ranges, a.num_ranges, [&](int i, int group, RowRange r) {
+        mine[i] = r;
+        hit[i] = __ballot_sync(~0u, max(row0, r.begin) < min(row1, r.end));
+        const u32 sum = __reduce_add_sync(~0u, length_of(r));
+        if (lane == 0) s.group_sum[group] = sum, s.group_hits[group] = __popc(hit[i]);
+    });
+    __syncthreads();
+    const Groups sums = groups_of(s.group_sum), places = groups_of(s.group_hits);
+    const bool fits = places.all <= kHits;
+#pragma unroll
+    for (int i = 0; i < kOwnGroups<kScatterWarps>; ++i) {
+        if (fits && hit[i] == 0) continue;
+        const int group = warp + kScatterWarps * i;
+        const u32 length = length_of(mine[i]), first = sums.before_group(group) + sum_upto(length) - length;
+        const u32 place = places.before_group(group) + __popc(hit[i] & ((1u << lane) - 1));
+        if (fits && (hit[i] >> lane & 1)) s.hits[place] = {mine[i].begin, mine[i].end, first};
+        // Sums of all ranges: the same from every block that needs them.
+        if (!fits && 32 * group + lane < a.num_ranges) a.scratch[32 * group + lane] = first;
+    }
+    __syncthreads();
+    return fits ? places.all : -1;
 }
 
 // A block owns neighbouring tiles, at most 32 rows or a part of one row each; its warps take them in turns. What a tile
@@ -291,36 +420,36 @@ __device__ int find_hits(const RowRange* ranges, int num_ranges, int row0, int r
 // came.
 template <class T>
 __device__ void scatter_tiles(const ScatterArgs& a) {
-    RowSmem& s = row_smem();
-    const long long* first = prepare(s, a.ranges, a.num_ranges, a.first);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const long long row_bytes = a.row_elements * sizeof(T);
-    const int piece = min(row_bytes, static_cast<long long>(kRowStageBytes));  // of a row, in a tile
-    const int tile_rows = min(32, kRowStageBytes / piece);
-    const u32 parts = (row_bytes + kRowStageBytes - 1) / kRowStageBytes;  // of a row; more than one: tile_rows is 1
-    const int num_rows = a.num_rows;
-    const u32 tiles = (num_rows - 1) / tile_rows + 1, each = (tiles * parts - 1) / gridDim.x + 1;
-    const u32 tile0 = each * blockIdx.x, tile1 = min(tile0 + each, tiles * parts);
-    if (tile0 >= tile1) return;
+    extern __shared__ __align__(128) char raw[];
+    ScatterSmem& s = *reinterpret_cast<ScatterSmem*>(raw);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_rows = a.num_rows;
+    const u32 row_bytes = a.row_elements * sizeof(T);
+    const u32 piece = min(row_bytes, kRowStageBytes);  // of a row, in a tile
+    const u32 tile_rows = min(32u, kRowStageBytes / piece);
+    const u32 parts = (row_bytes - 1) / kRowStageBytes + 1;  // of a row; more than one: tile_rows is 1
+    const u32 tiles = ((num_rows - 1) / tile_rows + 1) * parts, each = (tiles - 1) / gridDim.x + 1;
+    // Where a block looks at all ranges anyway, its tiles are apart: neighbours in time are neighbours in memory.
+    const bool few = !a.first && a.num_ranges <= 32;
+    const u32 apart = few ? gridDim.x : 1, tile0 = few ? blockIdx.x : each * blockIdx.x;
+    const u32 tile1 = few ? tiles : min(tile0 + each, tiles);
     struct Place {
         int row0, row1;
-        long long offset;  // in the rows
-        int width;         // of a row, in bytes
+        u32 offset, width;  // of each row, in bytes
     };
     auto place_of = [&](u32 tile) -> Place {
-        const int row0 = tile / parts * tile_rows;
-        const long long offset = static_cast<long long>(tile % parts) * kRowStageBytes;
-        const int width = min(static_cast<long long>(piece), row_bytes - offset);
-        return {row0, min(row0 + tile_rows, num_rows), offset, width};
+        const u32 group = parts == 1 ? tile : tile / parts, offset = (tile - group * parts) * kRowStageBytes;
+        const int row0 = group * tile_rows;
+        return {row0, min(row0 + static_cast<int>(tile_rows), num_rows), offset, min(piece, row_bytes - offset)};
     };
-    // Few ranges are all looked at.
-    const int found = a.num_ranges <= 32
-                          ? -1
-                          : find_hits(a.ranges, a.num_ranges, place_of(tile0).row0, place_of(tile1 - 1).row1, s.hits);
+    start_ring(s.full[warp], a.ranges, a.num_ranges);
+    if (tile0 >= tile1) return;
+    const Hit* hits;
+    const int found = list_hits(a, s, place_of(tile0).row0, place_of(tile1 - 1).row1, hits);
     const int count = found < 0 ? a.num_ranges : found;
+    const long long* first = a.first ? a.first : a.scratch;
 
     // The next layer of this warp's tiles, on its way into the stage.
-    u32 next = tile0 + warp;
+    u32 next = tile0 + warp * apart;
     int at = 0;         // in the hits, of the 32 that are looked at
     u32 waiting = ~0u;  // those of them that are not on their way yet
     auto load = [&](int stage) {
@@ -332,13 +461,12 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
                 u32 own = 0;
                 const char* from = nullptr;
                 if (at + lane < count && (waiting >> lane & 1)) {
-                    const int i = found < 0 ? at + lane : s.hits[at + lane];
-                    const RowRange r = a.ranges[i];
-                    const int begin = max(place.row0, r.begin), end = min(place.row1, r.end);
+                    const Hit h = found < 0 ? Hit{a.ranges[at + lane].begin, a.ranges[at + lane].end, first[at + lane]}
+                                            : hits[at + lane];
+                    const int begin = max(place.row0, h.begin), end = min(place.row1, h.end);
                     if (begin < end) {
                         own = ~0u >> (32 - (end - begin)) << (begin - place.row0);
-                        from =
-                            static_cast<const char*>(a.src) + (first[i] + begin - r.begin) * row_bytes + place.offset;
+                        from = static_cast<const char*>(a.src) + (h.first + begin - h.begin) * row_bytes + place.offset;
                     }
                 }
                 waiting = __ballot_sync(~0u, own);
@@ -368,7 +496,7 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
                 if (at >= count) {
                     layer.last = 1;
                     at = 0;
-                    next += kRowWarps;
+                    next += kScatterWarps * apart;
                 }
             }
             if (lane == 0) barrier_arrive_expect(s.full[warp][stage], __popc(layer.rows) * place.width);
@@ -384,20 +512,18 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
     for (int i = 0; i < kVecs; ++i) row_of[i] = min(31, (lane + 32 * i) * 16 / piece);
     bool fresh = true;  // no layer of this tile yet
     int loaded = 0;
-    while (loaded < kRowStages) load(loaded++);
+    while (loaded < kScatterStages) load(loaded++);
     for (int n = 0;; ++n) {
-        const int stage = n % kRowStages;
+        const int stage = n % kScatterStages;
         const Layer layer = s.layer[warp][stage];
         if (layer.tile < 0) break;
         const Place place = place_of(layer.tile);
         const int rows = place.row1 - place.row0;
-        char* dst = static_cast<char*>(a.dst) + place.row0 * row_bytes + place.offset;
-        barrier_wait(s.full[warp][stage], n / kRowStages % 2);
+        char* dst = static_cast<char*>(a.dst) + static_cast<long long>(place.row0) * row_bytes + place.offset;
+        barrier_wait(s.full[warp][stage], n / kScatterStages % 2);
         const bool as_it_is = fresh && layer.last && layer.rows == ~0u >> (32 - rows);
-        if (as_it_is) {
-            if (lane == 0) bulk_store(dst, s.stage[warp][stage], rows * place.width);
-        } else {
-            const uint4* arrived = reinterpret_cast<const uint4*>(s.stage[warp][stage]);
+        if (!as_it_is) {
+            uint4* arrived = reinterpret_cast<uint4*>(s.stage[warp][stage]);
 #pragma unroll
             for (int i = 0; i < kVecs; ++i) {
                 if (layer.rows >> row_of[i] & 1) {
@@ -415,29 +541,38 @@ __device__ void scatter_tiles(const ScatterArgs& a) {
                     const float factor = a.mean && times[i] > 1 ? __frcp_rn(static_cast<float>(times[i])) : 1.f;
 #pragma unroll
                     for (int e = 0; e < kPerVec<T>; ++e) sum[i][e] *= factor;
-                    if ((lane + 32 * i) * 16 < rows * place.width)
-                        reinterpret_cast<uint4*>(dst)[lane + 32 * i] = pack_vec<T>(sum[i]);
+                    arrived[lane + 32 * i] = pack_vec<T>(sum[i]);
 #pragma unroll
                     for (int e = 0; e < kPerVec<T>; ++e) sum[i][e] = 0;
                     times[i] = 0;
                 }
+                fence_async_shared();
+                __syncwarp();
             }
         }
         // A stage is free once it is read: by the warp now, by its store while the next one is looked at.
-        if (lane == 0) as_it_is ? bulk_wait_read<1>() : bulk_wait_read<0>();
+        if (lane == 0) {
+            if (layer.last) {
+                bulk_store(dst, s.stage[warp][stage], rows * place.width);
+                bulk_wait_read<1>();
+            } else {
+                bulk_wait_read<0>();
+            }
+        }
         __syncwarp();
-        for (; loaded < n + kRowStages + !as_it_is; ++loaded) load(loaded % kRowStages);
+        for (; loaded < n + kScatterStages + !layer.last; ++loaded) load(loaded % kScatterStages);
     }
     if (lane == 0) bulk_wait_read<0>();
 }
 
-extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_f32(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kScatterWarps, 1) void scatter_f32(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<float>(a);
 }
-extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_bf16(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kScatterWarps,
+                                        1) void scatter_bf16(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<bf16>(a);
 }
-extern "C" __global__ __launch_bounds__(32 * kRowWarps, 1) void scatter_f16(const __grid_constant__ ScatterArgs a) {
+extern "C" __global__ __launch_bounds__(32 * kScatterWarps, 1) void scatter_f16(const __grid_constant__ ScatterArgs a) {
     scatter_tiles<f16>(a);
 }
 
@@ -447,14 +582,17 @@ extern "C" __global__ __launch_bounds__(kThreads) void scatter1(const __grid_con
     const long long each = (a.num_rows + gridDim.x - 1) / gridDim.x;
     const long long row0 = each * blockIdx.x, row1 = min(row0 + each, a.num_rows);
     if (row0 >= row1) return;
-    const int found = find_hits(a.ranges, a.num_ranges, row0, row1, hits);
-    const int count = found < 0 ? a.num_ranges : found;
+    const long long found = find_hits(a.ranges, a.num_ranges, row0, row1, [&](long long place, int i) {
+        if (place < kHits) hits[place] = i;
+    });
+    const bool listed = found <= kHits;
+    const int count = listed ? found : a.num_ranges;
     for (long long at = row0 * a.row_elements + threadIdx.x; at < row1 * a.row_elements; at += kThreads) {
         const long long row = at / a.row_elements;
         float sum = 0;
         int times = 0;
         for (int h = 0; h < count; ++h) {
-            const int i = found < 0 ? h : hits[h];
+            const int i = listed ? hits[h] : h;
             const RowRange r = a.ranges[i];
             if (row < r.begin || row >= r.end) continue;
             sum += load_one(a.src, a.type, at + (a.first[i] - r.begin) * a.row_elements);

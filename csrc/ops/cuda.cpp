@@ -64,8 +64,8 @@ Tensor range_scatter_reduce(const Tensor& y, const Tensor& ranges, int64_t rows,
     ScatterCall call = check_scatter(y, ranges, rows, op);
     const int64_t n = row_count(call.ranges, "ranges");
     const Tensor workspace = scratch(y, cuda::ranges_workspace(n));
-    cuda::range_scatter_reduce(float_dtype(y.scalar_type(), "y"), call.y.data_ptr(), call.out.data_ptr(), rows,
-                               call.row_elements, (const RowRange*)call.ranges.data_ptr(), n, call.mean,
+    cuda::range_scatter_reduce(float_dtype(y.scalar_type(), "y"), call.y.data_ptr(), call.out.data_ptr(), y.size(0),
+                               rows, call.row_elements, (const RowRange*)call.ranges.data_ptr(), n, call.mean,
                                workspace.data_ptr(), device);
     return call.out;
 }
