@@ -47,7 +47,9 @@ struct BackwardParams {
     const Slice* slices;
     int num_slices;
     const void* lse;      // [num_q, num_q_heads]
-    const void* delta;    // [num_q, num_q_heads] rowsum(dout * out) - dlse
+    const void* delta;    // [num_q, num_q_heads] rowsum(dout * out) - dlse, or null: then CUDA takes it from these
+    Heads out;            // [num_q, num_q_heads, v_dim]
+    const void* dlse;     // [num_q, num_q_heads] or null
     const void* dq_prev;  // [num_q, num_q_heads, head_dim] in grad_dtype, null where nothing is added
     double softmax_scale, softcap;
     bool deterministic;

@@ -18,12 +18,14 @@ ops = torch.ops.magi
 WIDE = [(192, 128), (192, 192), (256, 256), (160, 160), (136, 136), (176, 8), (24, 136), (256, 64)]  # head_dim, v_dim
 
 
-def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev=None, deterministic=False, **options):
-    """(dq, dk, dv) by the raw ops, with freed NaN memory where outputs and workspace will lie."""
+def backward(
+    q, k, v, dout, dlse, slices, *, grad_dtype=None, dq_prev=None, deterministic=False, fused=True, **options
+):  # fmt: skip
+    """(dq, dk, dv) by the raw ops, with freed NaN memory where outputs and workspace will lie. fused: delta, too."""
     slices = slices.cuda()
     scale = options.pop("softmax_scale", q.shape[2] ** -0.5)
     out, lse = ops.ffa_fwd(q, k, v, slices, softmax_scale=scale, softcap=options.get("softcap", 0.0))
-    delta = ops.ffa_delta(dout, out, dlse)
+    given = {"delta": None, "out": out, "dlse": dlse} if fused else {"delta": ops.ffa_delta(dout, out, dlse)}
     padded = (q.shape[0] + 128) * q.shape[1] * (128 if max(q.shape[2], v.shape[2]) <= 128 else 256)
     poison(
         ((2 * padded + 4 * k.numel() + 1000000,), torch.float32),
@@ -32,8 +34,8 @@ def backward(q, k, v, dout, dlse, slices, *, sink=None, grad_dtype=None, dq_prev
         (v.shape, v.dtype),
     )
     return ops.ffa_bwd(
-        dout, q, k, v, lse, delta, slices, dq_prev=dq_prev, softmax_scale=scale, grad_dtype=grad_dtype,
-        deterministic=deterministic, **options,
+        dout, q, k, v, lse, slices=slices, dq_prev=dq_prev, softmax_scale=scale, grad_dtype=grad_dtype,
+        deterministic=deterministic, **given, **options,
     )  # fmt: skip
 
 
@@ -96,6 +98,48 @@ def test_long_slices(seed):
     options = [{}, {"softmax_scale": -0.1}, {"grad_dtype": torch.float32}, {"sm_margin": 100}][draw(0, 4)]
     q, k, v = tensors(rng, num_q, num_k, 4, draw(1, 3), dim, dtype)
     check(rng, q, k, v, torch.tensor(slices, dtype=torch.int32), deterministic=bool(draw(0, 2)), **options)
+
+
+@pytest.mark.parametrize(
+    "num_q, num_k, heads, kv_heads, dim, options",
+    [
+        (4100, 3000, 8, 4, 128, {}),  # fewer tiles than blocks
+        (4200, 9000, 2, 2, 128, {}),  # little more: shares of more than a tile
+        (4100, 12000, 2, 2, 128, {}),  # the last round only
+        (8192, 100, 1, 1, 128, {}),  # one tile, in as many parts as there may be
+        (4100, 3000, 2, 1, 96, {"sm_margin": 100, "grad_dtype": torch.float32}),
+        (4100, 5000, 4, 4, 64, {}),
+        (1100, 4000, 8, 2, 64, {"sm_margin": 7}),
+        (1000, 1024, 16, 4, 128, {}),  # heads of a group apart
+        (2047, 2000, 2, 1, 128, {"softmax_scale": -0.1}),
+        (300, 200, 1, 1, 64, {}),
+    ],
+)
+def test_tiles_in_shares(num_q, num_k, heads, kv_heads, dim, options):
+    """Tiles that not all blocks would have are spread over all of them; a tile's parts add up in one order."""
+    rng = torch.Generator().manual_seed(12)
+    q, k, v = tensors(rng, num_q, num_k, heads, kv_heads, dim, torch.bfloat16)
+    dout = torch.randn(q.shape, generator=rng).to("cuda", q.dtype)
+    for last in (NONE, num_k - num_q):  # full and causal
+        slices = torch.tensor([[0, num_q, 0, num_k, -NONE, last]], dtype=torch.int32)
+        check(rng, q, k, v, slices, dout=dout, **options)
+        first = backward(q, k, v, dout, None, slices, **options)
+        for _ in range(4):
+            again = backward(q, k, v, dout, None, slices, **options)
+            assert torch.equal(first[1], again[1]) and torch.equal(first[2], again[2])
+
+
+@pytest.mark.parametrize("heads, dim, v_dim", [(4, 128, 128), (3, 64, 64), (40, 96, 72), (2, 192, 128), (5, 256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_delta_beside_the_statistics(heads, dim, v_dim, dtype):
+    """Delta that the backward takes from out and dlse itself is that of ffa_delta to the bit."""
+    rng = torch.Generator().manual_seed(13)
+    q, k, v = tensors(rng, 500, 450, heads, 1, dim, dtype, v_dim)
+    slices = random_slices(rng, 500, 450)
+    dout = torch.randn(500, heads, v_dim + 8, generator=rng).to("cuda", dtype)[..., 8:]
+    for dlse in (None, torch.randn(500, heads, generator=rng).cuda()):
+        results = [backward(q, k, v, dout, dlse, slices, deterministic=True, fused=fused) for fused in (True, False)]
+        assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -55,6 +55,29 @@ def test_opcheck_raw_kernels(dtype):
     opcheck(ops.ffa_delta.default, (out, out, None))
     grads = {"dq_prev": torch.ones_like(q, dtype=acc), "grad_dtype": acc, "after": [k]}
     opcheck(ops.ffa_bwd.default, (out.to(dtype), q, k, v, lse, delta, SLICES), {"softmax_scale": 0.3, **grads})
+    made = {"out": out.to(dtype), "dlse": lse, **grads}
+    opcheck(ops.ffa_bwd.default, (out.to(dtype), q, k, v, lse, None, SLICES), {"softmax_scale": 0.3, **made})
+
+
+def test_backward_takes_delta_or_makes_it():
+    q, k, v = qkv()
+    out, lse = ops.ffa_fwd(q, k, v, SLICES, softmax_scale=0.3)
+    dout, dlse = torch.ones_like(out), torch.ones_like(lse)
+    delta = ops.ffa_delta(dout, out, dlse)
+
+    def backward(delta, **options):
+        return ops.ffa_bwd(dout, q, k, v, lse, delta, SLICES, softmax_scale=0.3, **options)
+
+    for made, given in zip(backward(None, out=out, dlse=dlse), backward(delta)):
+        assert_close(made, given, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="delta or out must be given, and not both, got neither"):
+        backward(None)
+    with pytest.raises(RuntimeError, match="delta or out must be given, and not both, got both"):
+        backward(delta, out=out)
+    with pytest.raises(RuntimeError, match="dlse must be given with out only"):
+        backward(delta, dlse=dlse)
+    with pytest.raises(RuntimeError, match="out"):
+        backward(None, out=out[1:])
 
 
 @pytest.mark.parametrize("ranges", ROWS.values(), ids=ROWS)

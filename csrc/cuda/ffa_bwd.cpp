@@ -41,6 +41,7 @@ struct Schedule {
     int rows, blocks, num_tiles, waves, wave_tiles, lag, ring_heads;
     int num_blocks;  // of rows that ordered visits take turns on
     Sections sections;
+    Shares shares;
     bool finishes;
 };
 Schedule schedule(const BackwardParams& p, int device, bool tall) {
@@ -62,10 +63,12 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     // leave L2. How much work is side by side, in tiles of query heads: walks of one long slice drift furthest, but
     // those of wide heads take so long for their rows that chains count for more.
     const int64_t heads = std::max(1, s.num_kv_heads);
-    constexpr int64_t kOrderedHeads = 16;
+    // Tiles of a short document all begin at its end, where each waits for those before it: heads between two of them
+    // give those time.
+    const int64_t most_heads = !is_wide(s) && p.num_slices > 1 && s.num_q / p.num_slices <= 512 ? 32 : 16;
     const int64_t ordered_work = p.num_slices != 1 ? 4096 : is_wide(s) ? 2048 : 512;
     const int64_t head_work = std::max<int64_t>(1, x.num_tiles * group);
-    const int64_t ordered_heads = std::min(kOrderedHeads, (ordered_work + head_work - 1) / head_work);
+    const int64_t ordered_heads = std::min(most_heads, (ordered_work + head_work - 1) / head_work);
     const int section_heads =
         (int)std::clamp<int64_t>(p.deterministic ? ordered_heads : kCacheBytes / head_bytes, 1, heads);
     // Tiles of one head that run side by side: see plan_visits.
@@ -83,14 +86,21 @@ Schedule schedule(const BackwardParams& p, int device, bool tall) {
     const int64_t section_and_rest = is_wide(s) && p.deterministic ? (2LL * section_heads - 1) * x.num_tiles : 0;
     const int64_t last_section = few && x.finishes ? x.lag : few ? rounds : section_and_rest;
     x.sections = sections_of(x.num_tiles, section_heads, (int)heads, last_section);
+    const int tiles = x.num_tiles * s.num_kv_heads;
+    x.shares = {tiles, 0};
+    if (!is_wide(s) && !p.deterministic && p.softcap == 0 && p.num_slices < 4 && tiles > 0)
+        x.shares = shares_of(tiles, sms, ceil_div(s.num_q, x.rows) * group, !x.finishes);
+    if (x.shares.count > 0 && x.shares.first == 0) x.sections.last_head = 0;  // one section: by tiles, then heads
+    x.blocks = std::max(x.blocks, x.shares.count);
     return x;
 }
 
 // The workspace, in order. What must be zero comes first and is one fill, shorter if visits turn out not to be tall.
 struct Workspace {
-    size_t added, finished, turn, dq_sum, zeroed, zeroed_tall, lse, delta, table, order, total;
+    size_t added, finished, turn, parts, dq_sum, zeroed, zeroed_tall, lse, delta, table, order, partial, total;
 };
-Workspace layout(const BackwardParams& p, const Schedule& x, int ring_heads_tall) {
+// x: of the way that is there in any case.
+Workspace layout(const BackwardParams& p, const Schedule& x, const Schedule& tall, bool both) {
     const AttentionShape& s = p.shape;
     const size_t rows = backward_rows_pad(s.num_q), heads = s.num_q_heads;
     const size_t slot = s.num_kv_heads ? heads / s.num_kv_heads * rows * padded_dim(s) * sizeof(float) : 0;
@@ -104,14 +114,20 @@ Workspace layout(const BackwardParams& p, const Schedule& x, int ring_heads_tall
     w.added = take(s.num_kv_heads * sizeof(int));
     w.finished = take(s.num_kv_heads * sizeof(int));
     w.turn = take(p.deterministic ? heads * 2 * x.num_blocks * sizeof(int) : 0);
+    const auto slots_of = [&](const Schedule& y) {
+        return std::min(x.num_tiles * s.num_kv_heads - y.shares.first, y.shares.count);
+    };
+    const size_t slots = std::max(slots_of(x), both ? slots_of(tall) : 0);
+    w.parts = take(slots * 8 * sizeof(int));
     w.dq_sum = take(slot * x.ring_heads);
     w.zeroed = at;
-    take(slot * std::max(0, ring_heads_tall - x.ring_heads));
+    take(both ? slot * std::max(0, tall.ring_heads - x.ring_heads) : 0);
     w.zeroed_tall = at;
     w.lse = take(heads * rows * sizeof(float));
     w.delta = take(heads * rows * sizeof(float));
     w.table = take(table_bytes(s.num_k, tile_keys(s), p.num_slices));
     w.order = take(p.deterministic ? (size_t)x.num_tiles * x.num_blocks * sizeof(int) : 0);
+    w.partial = take(slots * kBackwardKeys * 2 * padded_dim(s) * sizeof(float));
     w.total = at;
     return w;
 }
@@ -127,7 +143,7 @@ Ways ways(const BackwardParams& p, int device) {
     x.both = table_decides(p);
     x.first = schedule(p, device, tall_visits(p) && !x.both);
     x.tall = schedule(p, device, true);
-    x.at = layout(p, x.first, x.both ? x.tall.ring_heads : 0);
+    x.at = layout(p, x.first, x.tall, x.both);
     return x;
 }
 
@@ -151,6 +167,15 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     int* const order = p.deterministic ? ints(at.order) : nullptr;
     const BackwardPrepareArgs prepare{static_cast<const float*>(p.lse),
                                       static_cast<const float*>(p.delta),
+                                      p.dout.data,
+                                      p.out.data,
+                                      static_cast<const float*>(p.dlse),
+                                      p.dout.row_stride,
+                                      p.dout.head_stride,
+                                      p.out.row_stride,
+                                      p.out.head_stride,
+                                      shape.v_dim,
+                                      p.dtype == Dtype::kBF16 ? kElementBF16 : kElementF16,
                                       floats(at.lse),
                                       floats(at.delta),
                                       shape.num_q,
@@ -166,8 +191,10 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
                                       shape.num_k,
                                       plan.first.rows,
                                       order};
+    // Either way of building the table lets the next kernel start once all before it has ended, no earlier.
     launch(kernel("ffa_bwd_rows", "backward_prepare", device, 0),
-           {(unsigned)(rows_pad / kPrepareRows), (unsigned)ceil_div(shape.num_q_heads, 32)}, 256, 0, stream, prepare,
+           {(unsigned)(rows_pad / kPrepareRows), (unsigned)ceil_div(shape.num_q_heads, kPrepareHeads)}, 256, 0, stream,
+           prepare,
            /*overlap=*/true);
 
     BackwardArgs a{};
@@ -214,12 +241,15 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
     a.finished = ints(at.finished);
     a.turn = ints(at.turn);
     a.order = order;
+    a.parts = ints(at.parts);
+    a.partial = floats(at.partial);
     const auto launch_way = [&](const Schedule& x) {
         if (shape.num_q > 0) {
             a.q = heads_map(p.dtype, p.q, shape.num_q, shape.num_q_heads, shape.head_dim, x.rows);
             a.dout = heads_map(p.dtype, p.dout, shape.num_q, shape.num_q_heads, shape.v_dim, x.rows);
         }
         a.sections = x.sections;
+        a.shares = x.shares;
         a.waves = x.waves;
         a.wave_tiles = x.wave_tiles;
         a.lag = x.lag;

@@ -21,6 +21,9 @@
 // block's tile before are planned then, so that it ends, and its storers count it without waiting for the next item.
 // Where visits are ordered, too, both waits are for work handed out earlier, so the same argument holds for them.
 //
+// And for parts of a tile: the block with a later part waits for those before it, which are handed out earlier, each
+// the first thing in its share, and so are computed without waiting for a later one.
+//
 // Macros: HEAD_DIM 64 or 128 (smaller heads arrive zero-padded by TMA), ELEMENT bf16 or f16, SOFTCAP 0 or 1,
 // DETERMINISTIC 0 or 1, ROWS as backward_rows has them.
 #include "ffa_bwd.cuh"
@@ -44,19 +47,25 @@ constexpr int kScores = kRows / 2, kOuts = HEAD_DIM / 2;                  // acc
 constexpr int kDqRows = kHalves == 2 ? kRows : kRows / 2;                 // of one consumer, 64 columns wide
 constexpr int kRowAlign = DETERMINISTIC ? kRows : 8;                      // where a visit may start
 constexpr bool kFinishes = backward_finishes(kRows);
-constexpr int kPlanned = kFinishes ? 8 : 4;  // visits kept written down: storers that finish are late readers
-constexpr int kZeros = 128;                  // written by a lane at a time
+constexpr bool kShares = !DETERMINISTIC && !SOFTCAP;  // tiles may come in parts (a softcap leaves no registers)
+constexpr int kPlanned = kFinishes ? 8 : 4;           // visits kept written down: storers that finish are late readers
+constexpr int kZeros = 128;                           // written by a lane at a time
 enum NamedBarrier { kDsReady = 1, kDqReady = 2, kDqFree = 4 };  // the last two + consumer
 constexpr int kBulkBytes = kDqRows * 64 * 4;
 constexpr int kDsBlock = kKeys * 32;  // bytes of 16 rows of ds
 
+struct Part {          // of a tile in shares
+    int slot, before;  // where the tile's parts add up, -1: it is whole; how many come before this one
+    int more;          // come after it
+};
 struct alignas(16) Item {                     // a tile of keys of one kv head, or no keys
     int key0, num_keys, kv_head, num_visits;  // num_visits < 0: no more work
     int block0, block1;                       // of dq rows, to be finished before
-    int load0, spare;                         // where keys are loaded
+    int load0;                                // where keys are loaded
+    Part part;
 };
 struct TileEnd {  // what counts once it is added
-    int kv_head, block0, block1, spare;
+    int kv_head, block0, block1, weight;
 };
 // Rows from row0 on; allowed cells have first <= i < last, lo <= key - i <= hi, keys in [key0, key1).
 struct Visit {
@@ -72,6 +81,12 @@ struct Plan {                                      // the planner's notes: it ha
     int down;                                      // the tile's walk goes from the last row to the first
     int top;                                       // where it begins in a slice, kUp: at the first row
     const int* orders;                             // of the tile's visits, by block of rows
+    int whole, shares, total;                      // tiles not in shares; shares, and the weight of all tiles in them
+    int head_weight;                               // of a head's tiles as they are counted
+    int share, share_begin, share_end;             // the current one, and what is left of it
+    int weight, part_begin, part_end;              // of a tile, and what of it is walked; then in visits
+    int counted;                                   // the part's weight in `added`
+    Part part;
 };
 struct DqJob {  // a consumer's share of dq, for its storer
     float* to;  // null: no more
@@ -148,19 +163,112 @@ __device__ __forceinline__ void plan_visit(const BackwardArgs& a, Smem& s, int n
         visit.slot = plan.head + plan.slots;
         plan.left = plan.left - 1;
         visit.tile_ends = plan.left == 0;
-        if (plan.left == 0) visit.end = {plan.kv_head, plan.block0, plan.block1, 0};
+        if (plan.left == 0) visit.end = {plan.kv_head, plan.block0, plan.block1, plan.counted};
     }
     describe_cells(plan, row0, visit);
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
-__device__ void plan_visits(const BackwardArgs& a, Smem& s) {
+__device__ __forceinline__ int walk_weight(const BackwardArgs& a, int tile) {
+    return a.table.tiles[tile].num_steps * a.heads_per_kv + 2;  // the two: for the tile itself, were it empty
+}
+
+// Of a head's tiles, if they may be shared by it; by the planner's warp.
+__device__ __forceinline__ int sum_weights(const BackwardArgs& a) {
+    int sum = 0;
+    for (int i = threadIdx.x % 32; kShares && a.shares.count > 0 && a.shares.first == 0 && i < a.table.num_tiles;
+         i += 32)
+        sum += walk_weight(a, i);
+    return __reduce_add_sync(~0u, sum);
+}
+
+// What is shared, and how: the same in every block.
+__device__ __forceinline__ void plan_shares(const BackwardArgs& a, Plan& plan, int sum) {
+    const int tiles = a.table.num_tiles * a.num_kv_heads;
+    plan.whole = tiles;
+    plan.shares = plan.total = plan.share_begin = plan.share_end = 0;
+    plan.head_weight = a.table.num_tiles;
+    if (!kShares || a.shares.count == 0) return;
+    const bool equal = equal_walks(a.table.tiles[0], a.table.tiles[a.table.num_tiles - 1]);
+    if (a.shares.first > 0) {
+        if (!equal) return;
+        plan.whole = a.shares.first;
+        plan.shares = a.shares.count;
+        plan.total = (tiles - plan.whole) * plan.shares;
+    } else {
+        const int total = sum * a.num_kv_heads, shares = max(min(a.shares.count, total / kLeastShare), 1);
+        const int rounds = equal ? ceil_div(tiles, a.shares.count) : 1;  // unequal ones fill up each other's rounds
+        if (rounds * walk_weight(a, 0) < total / shares + kPartVisits) return;
+        plan.whole = 0;
+        plan.shares = shares;
+        plan.total = total;
+        plan.head_weight = sum;
+    }
+}
+
+__device__ __forceinline__ int share_begin(const Plan& plan, int i) {
+    return i * (plan.total / plan.shares) + i * (plan.total % plan.shares) / plan.shares;
+}
+
+// The next tile or part of one. Numbers past the last tile stand for what comes after all tiles.
+__device__ __forceinline__ void take_part(const BackwardArgs& a, Plan& plan) {
+    plan.part = {-1, 0, 0};
+    plan.counted = 1;
+    if (plan.share_begin >= plan.share_end) {
+        plan.next = take_work(a);  // late: work that is reserved early is kept from blocks that idle at the end
+        if (!kShares || plan.next < plan.whole) return;
+        plan.share = plan.next - plan.whole;
+        if (plan.share >= plan.shares) {
+            plan.next = a.table.num_tiles * a.num_kv_heads + plan.share - plan.shares;
+            return;
+        }
+        plan.share_begin = share_begin(plan, plan.share);
+        plan.share_end = share_begin(plan, plan.share + 1);
+    }
+    // From the last tile to the first: that one's later parts are in shares that are handed out later.
+    const int last = plan.share_end - 1;
+    int begin = 0;
+    if (plan.whole > 0) {
+        plan.weight = plan.shares;
+        begin = last / plan.weight * plan.weight;
+        plan.next = plan.whole + last / plan.weight;
+    } else {
+        int tile = 0;
+        for (;; ++tile) {
+            plan.weight = walk_weight(a, tile);
+            if (last < begin + plan.weight * a.num_kv_heads) break;
+            begin += plan.weight * a.num_kv_heads;
+        }
+        const int head = (last - begin) / plan.weight;
+        begin += head * plan.weight;
+        plan.next = tile * a.num_kv_heads + head;
+    }
+    const int from = max(plan.share_begin, begin);
+    plan.part_begin = from - begin;
+    plan.part_end = plan.share_end - begin;
+    plan.share_end = from;
+    if (plan.whole == 0) plan.counted = plan.part_end - plan.part_begin;
+    if (plan.part_begin == 0 && plan.part_end == plan.weight) return;
+    int first = min(begin / (plan.total / plan.shares), plan.shares - 1);  // share of the tile
+    while (share_begin(plan, first) > begin) --first;
+    // Of the tiles that begin in a share, one reaches past it.
+    const bool few = a.table.num_tiles * a.num_kv_heads - plan.whole < plan.shares;
+    plan.part = {few ? plan.next - plan.whole : first, plan.share - first, plan.part_end < plan.weight};
+}
+
+// How many of a tile's visits come before a part's begin or end.
+__device__ __forceinline__ int visits_before(int visits, int at, int weight) {
+    return at == weight ? visits : min(static_cast<int>(__fdividef(static_cast<float>(visits) * at, weight)), visits);
+}
+
+__device__ void plan_visits(const BackwardArgs& a, Smem& s, int sum) {
     Plan& plan = s.plan;
     plan.complete = plan.cleared = 0;
+    plan_shares(a, plan, sum);
     int n = 0;
     for (u32 parity = 1;; parity ^= 1) {
-        plan.next = take_work(a);  // late: work that is reserved early is kept from blocks that idle at the end
         const int num_tiles = a.table.num_tiles * a.num_kv_heads;
+        take_part(a, plan);
         const int head_blocks = a.row_blocks * a.heads_per_kv;
         bool done = plan.next >= num_tiles;
         if (kFinishes) {
@@ -173,7 +281,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             }
             done = done && plan.block0 >= head_blocks * a.num_kv_heads;
             if (!done && plan.block0 < plan.block1)
-                wait_for_heads(a.added, a.table.num_tiles * kConsumers, (plan.block1 - 1) / head_blocks + 1,
+                wait_for_heads(a.added, plan.head_weight * kConsumers, (plan.block1 - 1) / head_blocks + 1,
                                plan.complete);
         }
         plan.tile_key0 = plan.tile_key1 = 0;
@@ -187,18 +295,24 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
                     wait_for_heads(a.finished, head_blocks * kConsumers, plan.kv_head - a.ring_heads + 1, plan.cleared);
             }
             count_visits(a, plan, visits);
+            if (kShares && plan.part.slot >= 0) {
+                plan.part_begin = visits_before(visits, plan.part_begin, plan.weight);
+                plan.part_end = visits_before(visits, plan.part_end, plan.weight);
+                visits = plan.part_end - plan.part_begin;
+            }
             // Nobody sees these keys. If rows were finished before, they count after an empty visit (of zeros: no NaN).
             if (kFinishes && visits == 0) {
                 empty = plan.block0 < plan.block1;
                 visits = empty;
                 if (!empty)
-                    for (int w = 0; w < kConsumers; ++w) turn_pass(a.added + plan.kv_head);
+                    for (int w = 0; w < kConsumers; ++w) turn_pass(a.added + plan.kv_head, plan.counted);
             }
             plan.left = visits;
         }
         barrier_wait(s.item_taken, parity);
         s.planned_item = {plan.tile_key0, plan.tile_key1 - plan.tile_key0,  plan.kv_head,  visits,
                           plan.block0,    done ? plan.block0 : plan.block1, plan.tile_key0};
+        if (kShares) s.planned_item.part = plan.part;
         if (kFinishes && empty) s.planned_item.load0 = a.num_k;
         barrier_arrive(s.item_planned);
         if (done) break;
@@ -217,7 +331,9 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
             plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
             continue;
         }
-        walk_tile(a, plan, [&](int row0) { plan_visit(a, s, n++, row0); });
+        walk_tile<true>(
+            a, plan, [&](int row0) { plan_visit(a, s, n++, row0); }, kShares && plan.part.slot >= 0, &plan.part_begin,
+            &plan.part_end);
     }
 }
 
@@ -283,7 +399,7 @@ __device__ __forceinline__ void end_tile(const BackwardArgs& a, Smem& s, int w, 
     __syncwarp();
     if (lane == 0) {
         turns_fence();
-        turn_count(a.added + end.kv_head);
+        turn_count(a.added + end.kv_head, end.weight);
 #pragma unroll 1
         for (int block = end.block0; block < end.block1; ++block)
             if (reused(block)) turn_count(a.finished + block / (a.row_blocks * a.heads_per_kv));
@@ -428,6 +544,38 @@ __device__ __forceinline__ void stage_keys(u32 to, float scale, float (&d)[kOuts
 #pragma unroll
         for (int e = 0; e < 4; ++e) m[e] = pack<T>(d[8 * x + 2 * e] * scale, d[8 * x + 2 * e + 1] * scale);
         store_matrices(to + x / 4 * kKeys * 128 + row * 128 + ((x % 4 * 2 + lane / 16 ^ row % 8) << 4), m);
+    }
+}
+
+// Adds to a warp's share of dk and dv what the tile's parts before this one have of it; leaves the sum where more come.
+__device__ __forceinline__ void add_parts(const BackwardArgs& a, const Part& part, int w, float (&dk)[kOuts],
+                                          float (&dv)[kOuts]) {
+    const int lane = threadIdx.x % 32, at = part.slot * 8 + w * 4 + threadIdx.x % 128 / 32;
+    float4* sums = reinterpret_cast<float4*>(a.partial) + at * (kOuts / 2 * 32LL) + lane;
+    const auto add = [&](float4* from, float(&d)[kOuts]) {
+#pragma unroll
+        for (int i = 0; i < kOuts / 4; ++i) {
+            const float4 x = __ldcg(from + 32 * i);
+            d[4 * i] += x.x, d[4 * i + 1] += x.y, d[4 * i + 2] += x.z, d[4 * i + 3] += x.w;
+        }
+    };
+    const auto leave = [&](float4* to, const float(&d)[kOuts]) {
+#pragma unroll
+        for (int i = 0; i < kOuts / 4; ++i)
+            __stcg(to + 32 * i, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    };
+    if (part.before > 0) {
+        if (lane == 0)
+            while (turn_read(a.parts + at) < part.before) __nanosleep(100);
+        __syncwarp();
+        add(sums, dk);
+        add(sums + kOuts / 4 * 32, dv);
+    }
+    if (part.more) {
+        leave(sums, dk);
+        leave(sums + kOuts / 4 * 32, dv);
+        __syncwarp();
+        if (lane == 0) turn_pass(a.parts + at);
     }
 }
 
@@ -670,7 +818,10 @@ __device__ void differentiate(const BackwardArgs& a, Smem& s, int w) {
         }
         const Item item = s.item;
         if (!kFinishes) release(s.kv_free);
-        if (kFinishes && !a.grad_is_float) {
+        if (kShares && item.part.slot >= 0) add_parts(a, item.part, w, dk, dv);
+        if (kShares && item.part.more) {
+            // A later part writes them.
+        } else if (kFinishes && !a.grad_is_float) {
             if (item.num_keys > 0) {
                 named_sync(kDsReady, 256);  // the other consumer has read these keys, too
                 const u32 to = keys + thread / 32 * 2048;
@@ -746,8 +897,10 @@ extern "C" __global__ __launch_bounds__(kThreads, 1) void ffa_bwd(const __grid_c
             load_visits(a, s);
         else if (threadIdx.x >= 32 && threadIdx.x < 32 * (1 + kConsumers))
             kFinishes ? store_and_count(a, s, threadIdx.x / 32 - 1) : store_dq(s, threadIdx.x / 32 - 1);
-        else if (threadIdx.x == 96)
-            plan_visits(a, s);
+        else if (threadIdx.x >= 96) {
+            const int sum = sum_weights(a);
+            if (threadIdx.x == 96) plan_visits(a, s, sum);
+        }
     } else {
         registers_grow<kConsumerRegisters>();
         differentiate(a, s, uniform(threadIdx.x / 128) - 1);

@@ -79,6 +79,29 @@ MAGI_HD constexpr FinishRing finish_ring(int num_tiles, int section_heads, int n
             heads < num_kv_heads ? static_cast<int>(heads) : num_kv_heads};
 }
 
+// Where blocks would idle while others walk the last tiles, every block gets a share of the walks instead: the end of
+// one tile, whole ones, the begin of another. In fp32 and in the order of the shares, a tile's parts add what they have
+// of its dk and dv, and the last one writes the results: any number of runs gives the same bits. Few tiles are shared
+// all of them, by the length of their walks; of many that walk equally far, as under full masks, those of the last
+// round (where dq is finished elsewhere; ordered visits have a tile to themselves). The table says how long walks are,
+// so it decides whether shares pay.
+struct Shares {
+    int first, count;  // the first tile in shares, and how many they are; 0: none
+};
+constexpr int kLeastShare = 8;   // visits
+constexpr int kPartVisits = 12;  // as long as what comes with one more part
+MAGI_HD constexpr Shares shares_of(int tiles, int blocks, long long visits, bool last_round) {
+    if (4LL * tiles <= 5LL * blocks) return {0, visits * tiles < 1 << 30 ? blocks : 0};
+    int rest = tiles % blocks;
+    if (4 * rest < blocks) rest += blocks;  // else a tile's many parts would wait for each other
+    const long long idle = visits * (ceil_div(rest, blocks) * blocks - rest);  // visits
+    return last_round && rest % blocks > 0 && idle >= 1LL * kPartVisits * blocks ? Shares{tiles - rest, blocks}
+                                                                                 : Shares{tiles, 0};
+}
+MAGI_HD constexpr bool equal_walks(const Tile& longest, const Tile& shortest) {
+    return 8LL * shortest.num_steps >= 7LL * longest.num_steps;
+}
+
 // Whether a slice's rows of a tile touch a block of rows, one visit of it then.
 MAGI_HD constexpr bool visits_block(Range rows, int block, int block_rows) {
     return rows.begin < rows.end && rows.begin / block_rows <= block && block <= (rows.end - 1) / block_rows;
@@ -139,8 +162,12 @@ struct BackwardArgs {
     int share;       // of a head's, finished by one work item
     int lag;         // work items
     int ring_heads;  // kv heads that have slots
-    int* added;      // [kv heads], zeroed: tiles added, counted by each consumer's storer
+    int* added;      // [kv heads], zeroed: tiles added (in shares: their weights), counted by each consumer's storer
     int* finished;   // [kv heads], zeroed: blocks read and zeroed, likewise
+    // Tiles in shares, see above.
+    Shares shares;
+    int* parts;      // [slots, 8 warps], zeroed: how many are in `partial`
+    float* partial;  // [slots, 8 warps, dk and dv, head_dim / 8, 32 lanes, 4]: accumulators as they are
     // Deterministic variants: visits of a block of backward_rows rows take turns.
     int num_blocks;
     int* turn;         // [heads, 2, num_blocks], zeroed
@@ -148,9 +175,14 @@ struct BackwardArgs {
 };
 
 // ffa_bwd_rows.cu
-constexpr int kPrepareRows = 64;  // of a block of threads
+constexpr int kPrepareRows = 32, kPrepareHeads = 8;  // of a block of threads: short inputs need many
 struct BackwardPrepareArgs {
     const float *lse, *delta;  // [num_q, num_heads]
+    // Where delta is null it is rowsum(dout * out) - dlse, strides in multiples of 8 elements.
+    const void *dout, *out;
+    const float* dlse;  // [num_q, num_heads] or null
+    long long dout_row_stride, dout_head_stride, out_row_stride, out_head_stride;
+    int v_dim, type;
     float *lse_log2, *delta_out;
     int num_q, num_heads, rows_pad;
     const Tile* middle;  // where two ways are launched, or null

@@ -1,5 +1,6 @@
-// What the backward's main kernel needs before it: statistics by head, zeros to add dq to and, where it is
-// deterministic, the order of visits. All memory-bound.
+// What the backward's main kernel needs before it: statistics by head (delta, too, where it is not given), zeros to add
+// dq to and, where it is deterministic, the order of visits. All memory-bound, so it is one kernel, most of it beside
+// the one that builds the table.
 #include "ffa_bwd.cuh"
 #include "ptx.cuh"
 
@@ -8,30 +9,84 @@ namespace magi {
 constexpr int kThreads = 256, kWarps = kThreads / 32, kZeros = 1024;
 
 struct Smem {
-    float lse[32][33], delta[32][33];
+    float lse[kPrepareRows][kPrepareHeads + 1], delta[kPrepareRows][kPrepareHeads + 1];
     int warp_sum[kWarps];
     alignas(16) float zeros[kZeros];
 };
 
-// 32 rows of 32 heads of lse and delta from [rows, heads] to [heads, rows_pad]. Rows without keys get lse = +inf, so
-// that every exp2(s - lse) is 0, never NaN.
+// rowsum(dout * out) of kPrepareRows rows of up to kPrepareHeads heads. 16 lanes sum one row, several rows in flight.
+template <class T>
+__device__ void sum_rows(const BackwardPrepareArgs& a, Smem& s, int row0, int head0) {
+    constexpr int kLanes = 16, kGroups = kThreads / kLanes, kAtOnce = 2;
+    const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+    const u32 heads = min(kPrepareHeads, a.num_heads - head0);
+    const int sums = min(kPrepareRows, a.num_q - row0) * static_cast<int>(heads);
+    const u16 *dout = static_cast<const u16*>(a.dout) + row0 * a.dout_row_stride + head0 * a.dout_head_stride,
+              *out = static_cast<const u16*>(a.out) + row0 * a.out_row_stride + head0 * a.out_head_stride;
+    for (int base = 0; base < sums; base += kGroups * kAtOnce) {
+        float sum[kAtOnce] = {};
+        for (int column = 0; column < a.v_dim; column += 8 * kLanes) {
+            uint4 x[kAtOnce], y[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const u32 n = base + i * kGroups + group, row = n / heads, head = n % heads;
+                const int at = column + 8 * lane;
+                const bool valid = n < static_cast<u32>(sums) && at < a.v_dim;
+                // From L2: nothing of an earlier kernel is in the way.
+                const auto load = [&](const u16* from) {
+                    return valid ? __ldcg(reinterpret_cast<const uint4*>(from + at)) : uint4{};
+                };
+                x[i] = load(dout + row * a.dout_row_stride + head * a.dout_head_stride);
+                y[i] = load(out + row * a.out_row_stride + head * a.out_head_stride);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const u32 u[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, v[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                    sum[i] += to_float(T{static_cast<u16>(u[e / 2] >> 16 * (e % 2))}) *
+                              to_float(T{static_cast<u16>(v[e / 2] >> 16 * (e % 2))});
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+            for (int step = kLanes / 2; step; step /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], step);
+            const u32 n = base + i * kGroups + group;
+            if (lane == 0 && n < static_cast<u32>(sums)) s.delta[n / heads][n % heads] = sum[i];
+        }
+    }
+}
+
+// lse and delta of kPrepareRows rows of kPrepareHeads heads go from [rows, heads] to [heads, rows_pad]. Rows without
+// keys get lse = +inf, so that every exp2(s - lse) is 0, never NaN.
 __device__ void transpose_stats(const BackwardPrepareArgs& a, Smem& s, int row0, int head0) {
-    const int x = threadIdx.x % 32, y = threadIdx.x / 32;
-    for (int i = y; i < 32; i += kWarps) {
-        const int row = row0 + i, head = head0 + x;
+    static_assert(kPrepareRows == 32 && kPrepareRows * kPrepareHeads == kThreads);
+    {
+        const int i = threadIdx.x / kPrepareHeads, x = threadIdx.x % kPrepareHeads, row = row0 + i, head = head0 + x;
         const bool valid = row < a.num_q && head < a.num_heads;
         const long long at = static_cast<long long>(row) * a.num_heads + head;
-        const float l = valid ? a.lse[at] : -infinity();
+        const float l = valid ? __ldcg(a.lse + at) : -infinity();
+        float delta = 0;
+        if (l != -infinity())
+            delta = a.delta ? __ldcg(a.delta + at) : s.delta[i][x] - (a.dlse ? __ldcg(a.dlse + at) : 0.f);
         s.lse[i][x] = l == -infinity() ? infinity() : l * kLog2e;
-        s.delta[i][x] = valid && l != -infinity() ? a.delta[at] : 0.f;
+        s.delta[i][x] = delta;
     }
     __syncthreads();
-    for (int i = y; i < 32 && head0 + i < a.num_heads; i += kWarps) {
+    const int i = threadIdx.x / 32, x = threadIdx.x % 32;
+    if (head0 + i < a.num_heads) {
         const long long at = static_cast<long long>(head0 + i) * a.rows_pad + row0 + x;
         a.lse_log2[at] = s.lse[x][i];
         a.delta_out[at] = s.delta[x][i];
     }
-    __syncthreads();
+}
+
+// Zeros from word `begin` on up to `end`, by the first warp of every block.
+__device__ void write_zeros(const BackwardPrepareArgs& a, Smem& s, long long begin, long long end) {
+    const long long blocks = static_cast<long long>(gridDim.x) * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
+    for (long long at = begin + (block * 32 + threadIdx.x) * kZeros; at < end; at += blocks * 32 * kZeros)
+        bulk_store(a.zeros + at, s.zeros, static_cast<u32>(min(end - at, (long long)kZeros)) * sizeof(float));
 }
 
 // Visits of each block of rows by all key tiles before each tile, in ascending key order. One block of rows.
@@ -68,24 +123,27 @@ __device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block, i
     }
 }
 
-// One block of threads for kPrepareRows rows of 32 heads.
+// One block of threads for kPrepareRows rows of kPrepareHeads heads. What builds the table lets this kernel start when
+// all before it has ended (ffa_bwd.cpp), so only what needs the table waits.
 extern "C" __global__ __launch_bounds__(kThreads) void backward_prepare(const __grid_constant__ BackwardPrepareArgs a) {
     __shared__ Smem s;
+    const int row0 = blockIdx.x * kPrepareRows, head0 = blockIdx.y * kPrepareHeads;
     let_later_kernels_start();
-    const long long blocks = static_cast<long long>(gridDim.x) * gridDim.y, block = blockIdx.y * gridDim.x + blockIdx.x;
     for (int i = threadIdx.x; i < kZeros; i += kThreads) s.zeros[i] = 0;
     fence_async_shared();
+    __syncthreads();
+    if (!a.delta) {
+        if (a.type == kElementBF16)
+            sum_rows<bf16>(a, s, row0, head0);
+        else
+            sum_rows<f16>(a, s, row0, head0);
+        __syncthreads();
+    }
+    if (threadIdx.x < 32) write_zeros(a, s, 0, a.num_zeros);  // second, so that they are in L2 when dq is added to them
+    transpose_stats(a, s, row0, head0);
     wait_for_earlier_kernels();
     const bool tall = a.middle && long_walk(*a.middle);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const long long num_zeros = tall ? a.num_zeros_tall : a.num_zeros;
-        for (long long i = block * 32 + threadIdx.x; i * kZeros < num_zeros; i += blocks * 32) {
-            const long long left = num_zeros - i * kZeros;
-            bulk_store(a.zeros + i * kZeros, s.zeros, static_cast<u32>(left < kZeros ? left : kZeros) * sizeof(float));
-        }
-    }
-    for (int i = 0; i < kPrepareRows; i += 32) transpose_stats(a, s, blockIdx.x * kPrepareRows + i, blockIdx.y * 32);
+    if (tall && threadIdx.x < 32) write_zeros(a, s, a.num_zeros, a.num_zeros_tall);
     const int block_rows = tall ? backward_rows(128, true) : a.block_rows;
     const int num_blocks = ceil_div(a.rows_pad, block_rows);
     if (a.order && blockIdx.y == 0 && blockIdx.x < num_blocks) order_visits(a, s, blockIdx.x, num_blocks, block_rows);

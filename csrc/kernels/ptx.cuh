@@ -190,8 +190,8 @@ __device__ __forceinline__ int turn_read(const int* turn) {
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(turn) : "memory");
     return x;
 }
-__device__ __forceinline__ void turn_pass(int* turn) {
-    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+__device__ __forceinline__ void turn_pass(int* turn, int by = 1) {
+    asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], %1;" ::"l"(turn), "r"(by) : "memory");
 }
 // The same for several counters: what came before the fence is seen by who reads a count that came after it.
 __device__ __forceinline__ void turns_fence() {
@@ -204,8 +204,8 @@ __device__ __forceinline__ int turn_peek(const int* turn) {
     return x;
 }
 __device__ __forceinline__ void turns_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-__device__ __forceinline__ void turn_count(int* turn) {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+__device__ __forceinline__ void turn_count(int* turn, int by = 1) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(turn), "r"(by) : "memory");
 }
 // Turns the words of four lanes around: lane i of a quad gets word i of its lanes 0..3. A quad's lanes are Apart apart.
 template <int Apart = 1>

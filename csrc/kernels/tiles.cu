@@ -138,8 +138,8 @@ struct SmallSmem {
 extern "C" __global__ __launch_bounds__(kSmallThreads) void tiles_small(const __grid_constant__ TilesArgs a) {
     __shared__ SmallSmem s;
     prefetch_lines(a.slices, a.num_slices * sizeof(Slice), threadIdx.x);
-    let_later_kernels_start();
     wait_for_earlier_kernels();  // the slices may be one's result, the workspace another's
+    let_later_kernels_start();   // that much is then known to them, too: backward_prepare needs no more
     const TileTable& t = a.table;
     const int lane = threadIdx.x % 32, n = a.num_slices;
     static_assert(kMostSmallTiles == kMostSmallSlices && kMostSmallSlices == kMaxCuts + 1);

@@ -17,23 +17,30 @@ ForwardCall forward(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
     return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const Tensor& lse, const Tensor& delta, const Tensor& slices,
-                                           const std::optional<Tensor>& dq_prev, double softmax_scale, double softcap,
-                                           bool deterministic, int64_t sm_margin, std::optional<ScalarType> grad_dtype,
-                                           const std::optional<std::vector<Tensor>>& /*after*/) {
-    BackwardCall call = check_backward(dout, q, k, v, lse, delta, slices, dq_prev, softmax_scale, softcap,
-                                       deterministic, sm_margin, grad_dtype);
-    cpu::ffa_backward(call.params);
-    return {call.dq, call.dk, call.dv};
-}
-
 Tensor ffa_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse) {
     DeltaCall call = check_delta(dout, out, dlse);
     cpu::ffa_delta(float_dtype(out.scalar_type(), "out"), row_count(out, "out"), (int)out.size(1), (int)out.size(2),
                    heads_of(call.dout), heads_of(call.out), dlse ? call.dlse.data_ptr() : nullptr,
                    call.delta.data_ptr());
     return call.delta;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ffa_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const Tensor& lse, const std::optional<Tensor>& delta_in,
+                                           const Tensor& slices, const std::optional<Tensor>& dq_prev,
+                                           const std::optional<Tensor>& out, const std::optional<Tensor>& dlse,
+                                           double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
+                                           std::optional<ScalarType> grad_dtype,
+                                           const std::optional<std::vector<Tensor>>& /*after*/) {
+    BackwardCall call = check_backward(dout, q, k, v, lse, delta_in, slices, dq_prev, out, dlse, softmax_scale, softcap,
+                                       deterministic, sm_margin, grad_dtype);
+    Tensor delta;
+    if (out) {
+        delta = ffa_delta(dout, *out, dlse);
+        call.params.delta = delta.data_ptr();
+    }
+    cpu::ffa_backward(call.params);
+    return {call.dq, call.dk, call.dv};
 }
 
 Tensor band_slices(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map) {

@@ -33,10 +33,12 @@ ForwardCall check_forward(const Tensor& q, const Tensor& k, const Tensor& v, con
                           const std::optional<Tensor>& lse_prev, double softmax_scale, double softcap,
                           int64_t sm_margin, std::optional<ScalarType> out_dtype, bool max_logits = false);
 
+// delta, or what it is made of: out and, where there is one, dlse.
 BackwardCall check_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-                            const Tensor& delta, const Tensor& slices, const std::optional<Tensor>& dq_prev,
-                            double softmax_scale, double softcap, bool deterministic, int64_t sm_margin,
-                            std::optional<ScalarType> grad_dtype);
+                            const std::optional<Tensor>& delta, const Tensor& slices,
+                            const std::optional<Tensor>& dq_prev, const std::optional<Tensor>& out,
+                            const std::optional<Tensor>& dlse, double softmax_scale, double softcap, bool deterministic,
+                            int64_t sm_margin, std::optional<ScalarType> grad_dtype);
 
 BandCall check_bands(const Tensor& q_ranges, const Tensor& k_ranges, const Tensor& attn_type_map);
 

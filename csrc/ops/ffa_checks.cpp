@@ -128,8 +128,9 @@ ForwardCall check_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& 
 }
 
 BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                            const Tensor& lse_in, const Tensor& delta_in, const Tensor& slices_in,
-                            const std::optional<Tensor>& dq_prev, double softmax_scale, double softcap,
+                            const Tensor& lse_in, const std::optional<Tensor>& delta_in, const Tensor& slices_in,
+                            const std::optional<Tensor>& dq_prev, const std::optional<Tensor>& out_in,
+                            const std::optional<Tensor>& dlse_in, double softmax_scale, double softcap,
                             bool deterministic, int64_t sm_margin, std::optional<ScalarType> grad_dtype) {
     BackwardCall call;
     const AttentionShape shape = check_qkv(q_in, k_in, v_in);
@@ -145,14 +146,31 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
     check_shape(lse_in, {shape.num_q, shape.num_q_heads}, "lse", "[tokens, heads]");
     check_dtype(lse_in, acc, "lse");
     check_device(lse_in, q_in, "lse", "q");
-    check_same_shape(delta_in, lse_in, "delta", "lse");
-    check_dtype(delta_in, acc, "delta");
-    check_device(delta_in, q_in, "delta", "q");
+    MAGI_CHECK(delta_in.has_value() != out_in.has_value(), "delta or out must be given, and not both, got ",
+               delta_in ? "both" : "neither");
+    MAGI_CHECK(!dlse_in || out_in, "dlse must be given with out only: delta, where it is given, includes it");
+    const auto check_like_lse = [&](const std::optional<Tensor>& t, const char* name) {
+        if (!t) return;
+        check_same_shape(*t, lse_in, name, "lse");
+        check_dtype(*t, acc, name);
+        check_device(*t, q_in, name, "q");
+    };
+    check_like_lse(delta_in, "delta");
+    check_like_lse(dlse_in, "dlse");
+    if (out_in) {
+        check_same_shape(*out_in, dout_in, "out", "dout");
+        check_dtype(*out_in, type, "out");
+        check_device(*out_in, q_in, "out", "q");
+    }
 
     const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in),
-                 dout = last_contiguous(dout_in);
-    const Tensor lse = as_contiguous(lse_in), delta = as_contiguous(delta_in);
-    call.inputs = {q, k, v, dout, lse, delta, slices};
+                 dout = last_contiguous(dout_in), lse = as_contiguous(lse_in);
+    call.inputs = {q, k, v, dout, lse, slices};
+    const auto kept = [&](const std::optional<Tensor>& t) -> const void* {
+        return t ? call.inputs.emplace_back(as_contiguous(*t)).data_ptr() : nullptr;
+    };
+    const void *delta = kept(delta_in), *dlse = kept(dlse_in);
+    const Heads out = out_in ? heads_of(call.inputs.emplace_back(last_contiguous(*out_in))) : Heads{};
     const void* dq_prev_data = nullptr;
     if (dq_prev) {
         check_same_shape(*dq_prev, q, "dq_prev", "q");
@@ -177,7 +195,9 @@ BackwardCall check_backward(const Tensor& dout_in, const Tensor& q_in, const Ten
                    (const Slice*)slices.data_ptr(),
                    (int)slices.size(0),
                    lse.data_ptr(),
-                   delta.data_ptr(),
+                   delta,
+                   out,
+                   dlse,
                    dq_prev_data,
                    softmax_scale,
                    softcap,

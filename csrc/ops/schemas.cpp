@@ -24,8 +24,8 @@ STABLE_TORCH_LIBRARY(magi, m) {
         "Tensor? lse_prev=None, float softmax_scale, float softcap=0.0, int sm_margin=0, ScalarType? out_dtype=None, "
         "Tensor[]? after=None) -> (Tensor out, Tensor lse, Tensor max_logits)");
     m.def(
-        "ffa_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor slices, *, Tensor? "
-        "dq_prev=None, "
+        "ffa_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? delta, Tensor slices, *, Tensor? "
+        "dq_prev=None, Tensor? out=None, Tensor? dlse=None, "
         "float softmax_scale, float softcap=0.0, bool deterministic=False, int sm_margin=0, ScalarType? "
         "grad_dtype=None, "
         "Tensor[]? after=None) -> (Tensor dq, Tensor dk, Tensor dv)");

@@ -206,6 +206,8 @@ def _(
     slices,
     *,
     dq_prev=None,
+    out=None,
+    dlse=None,
     softmax_scale,
     softcap=0.0,
     deterministic=False,
@@ -248,11 +250,14 @@ def _ffa_backward(ctx, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | No
     dout = torch.zeros_like(out) if dout is None else dout
     options = dict(ctx.options)
     scale = options.pop("softmax_scale")
-    delta = _ops.ffa_delta(dout, out, dlse)
-    dq, dk, dv = _ops.ffa_bwd(
-        dout, q, k, v, lse, delta, slices, softmax_scale=q.shape[2] ** -0.5 if scale is None else scale, **options
-    )
-    dsink = sink_gradient(sink, lse, delta) if sink is not None and ctx.needs_input_grad[4] else None
+    options["softmax_scale"] = q.shape[2] ** -0.5 if scale is None else scale
+    if sink is not None and ctx.needs_input_grad[4]:
+        delta = _ops.ffa_delta(dout, out, dlse)
+        dsink = sink_gradient(sink, lse, delta)
+        dq, dk, dv = _ops.ffa_bwd(dout, q, k, v, lse, delta, slices, **options)
+    else:
+        dsink = None
+        dq, dk, dv = _ops.ffa_bwd(dout, q, k, v, lse, None, slices, out=out, dlse=dlse, **options)
     return dq, dk, dv, None, dsink
 
 
