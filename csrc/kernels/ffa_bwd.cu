@@ -188,6 +188,8 @@ __device__ __forceinline__ void plan_shares(const BackwardArgs& a, Plan& plan, i
     plan.whole = tiles;
     plan.shares = plan.total = plan.share_begin = plan.share_end = 0;
     plan.head_weight = a.table.num_tiles;
+    plan.part = {-1, 0, 0};
+    plan.counted = 1;
     if (!kShares || a.shares.count == 0) return;
     const bool equal = equal_walks(a.table.tiles[0], a.table.tiles[a.table.num_tiles - 1]);
     if (a.shares.first > 0) {
@@ -212,12 +214,11 @@ __device__ __forceinline__ int share_begin(const Plan& plan, int i) {
 
 // The next tile or part of one. Numbers past the last tile stand for what comes after all tiles.
 __device__ __forceinline__ void take_part(const BackwardArgs& a, Plan& plan) {
-    plan.part = {-1, 0, 0};
-    plan.counted = 1;
-    if (plan.share_begin >= plan.share_end) {
+    if (!kShares || plan.share_begin >= plan.share_end) {
         plan.next = take_work(a);  // late: work that is reserved early is kept from blocks that idle at the end
-        if (!kShares || plan.next < plan.whole) return;
+        if (!kShares || plan.next < plan.whole || plan.shares == 0) return;
         plan.share = plan.next - plan.whole;
+        plan.part.slot = -1;
         if (plan.share >= plan.shares) {
             plan.next = a.table.num_tiles * a.num_kv_heads + plan.share - plan.shares;
             return;
@@ -248,6 +249,7 @@ __device__ __forceinline__ void take_part(const BackwardArgs& a, Plan& plan) {
     plan.part_end = plan.share_end - begin;
     plan.share_end = from;
     if (plan.whole == 0) plan.counted = plan.part_end - plan.part_begin;
+    plan.part = {-1, 0, 0};
     if (plan.part_begin == 0 && plan.part_end == plan.weight) return;
     int first = min(begin / (plan.total / plan.shares), plan.shares - 1);  // share of the tile
     while (share_begin(plan, first) > begin) --first;
@@ -331,9 +333,8 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s, int sum) {
             plan_visit(a, s, n++, a.rows_pad - kRows);  // past the last row: loads give zeros
             continue;
         }
-        walk_tile<true>(
-            a, plan, [&](int row0) { plan_visit(a, s, n++, row0); }, kShares && plan.part.slot >= 0, &plan.part_begin,
-            &plan.part_end);
+        int* const part_begin = kShares && plan.part.slot >= 0 ? &plan.part_begin : nullptr;
+        walk_tile<kShares>(a, plan, [&](int row0) { plan_visit(a, s, n++, row0); }, part_begin, &plan.part_end);
     }
 }
 

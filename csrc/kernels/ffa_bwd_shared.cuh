@@ -71,10 +71,10 @@ __device__ __forceinline__ void count_visits(const BackwardArgs& a, const Plan& 
 
 // The tile's walk: visit(row0) for each visit, of plan.head and the current slice. A block of rows is visited for all
 // heads of the group while its rows are in L2, where other tiles visit it too, and while ordered visits wait for one
-// head, other heads' add up. Of a part of the tile, only its visits from *part_begin to *part_end.
+// head, other heads' add up. Of a part of the tile, only its visits from *begin to *end.
 template <bool Parts = false, class F>
-__device__ __forceinline__ void walk_tile(const BackwardArgs& a, Plan& plan, F visit, bool is_part = false,
-                                          int* part_begin = nullptr, int* part_end = nullptr) {
+__device__ __forceinline__ void walk_tile(const BackwardArgs& a, Plan& plan, F visit, int* begin = nullptr,
+                                          int* end = nullptr) {
     for (plan.slice = 0; plan.slice < plan.num_slices; plan.slice = plan.slice + 1) {
         if (!enter_slice(a, plan)) continue;
         const int from = first_row(plan.row0), last = (plan.row1 - 1 - from) / kRows;
@@ -89,30 +89,24 @@ __device__ __forceinline__ void walk_tile(const BackwardArgs& a, Plan& plan, F v
             DETERMINISTIC && plan.lo - plan.tile_key0 > kNoLo && plan.hi - plan.tile_key0 < kNoHi;
         const int outer = heads_outside ? a.heads_per_kv : last + 1;
         const int inner = heads_outside ? last + 1 : a.heads_per_kv;
-        const auto visit_one = [&](int i, int j) {
-            const int block = heads_outside ? j : i;
-            int at = plan.top == kUp ? block : plan.top - block;
-            if (at < 0) at += last + 1;
-            plan.head = plan.kv_head * a.heads_per_kv + (heads_outside ? i : j);
-            visit(from + at * kRows);
-        };
-        if constexpr (Parts) {
-            const int all = (last + 1) * a.heads_per_kv;
-            int next = 0, end = all;  // of the slice's visits
-            if (is_part) {
-                next = max(*part_begin, 0);
-                end = min(*part_end, all);
-                *part_begin = *part_begin - all;
-                *part_end = *part_end - all;
-            }
-            for (int i = next / inner; next < end; ++i) {
+        const int all = outer * inner;
+        int i = 0, j = 0, next = 0, stop = all;  // of the slice's visits
+        if (Parts && begin) {
+            next = max(*begin, 0);
+            stop = min(*end, all);
+            *begin = *begin - all;
+            *end = *end - all;
+            i = next / inner;
+            j = next - i * inner;
+        }
+        for (; Parts ? next < stop : i < outer; ++i, j = 0) {
 #pragma unroll 1
-                for (int j = next - i * inner; j < inner && next < end; ++j, ++next) visit_one(i, j);
-            }
-        } else {
-            for (int i = 0; i < outer; ++i) {
-#pragma unroll 1
-                for (int j = 0; j < inner; ++j) visit_one(i, j);
+            for (; j < inner && (!Parts || next < stop); ++j, ++next) {
+                const int block = heads_outside ? j : i;
+                int at = plan.top == kUp ? block : plan.top - block;
+                if (at < 0) at += last + 1;
+                plan.head = plan.kv_head * a.heads_per_kv + (heads_outside ? i : j);
+                visit(from + at * kRows);
             }
         }
     }
