@@ -117,8 +117,7 @@ static_assert(sizeof(Smem) <= backward_smem(HEAD_DIM, kRows) && kStages == 2);
 
 namespace magi {
 
-// ---- planner: one thread walks the tiles' slices, a little ahead of the loads
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- planner: one thread walks the tiles' slices, a little ahead of the loads ----
 __device__ __forceinline__ int take_work(const BackwardArgs& a) { return atomicAdd(&a.table.header->next_work, 1); }
 
 __device__ __forceinline__ int blocks_before(const BackwardArgs& a, int n) {
@@ -338,8 +337,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s, int sum) {
     }
 }
 
-// ---- loader: one thread streams what is planned
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- loader: one thread streams what is planned ----
 __device__ void load_visits(const BackwardArgs& a, Smem& s) {
     int n = 0;
     for (u32 item = 0;; ++item) {
@@ -378,8 +376,7 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
     }
 }
 
-// ---- storers: one warp a consumer adds its dq tiles to the workspace
-// ----------------------------------------------------------------------------------------------------------------
+// ---- storers: one warp a consumer adds its dq tiles to the workspace ----
 // At the end of a tile: zeros where blocks of rows were finished before it, for the head that has the slot next; then
 // the tile and the blocks count. Who sees what:
 // - Adds and zeros are bulk copies. The lane that issued them waits until they are done, the warp meets, and lane 0's
@@ -462,8 +459,7 @@ __device__ void store_and_count(const BackwardArgs& a, Smem& s, int w) {
     }
 }
 
-// ---- consumers
-// ----------------------------------------------------------------------------------------------------------------------
+// ---- consumers ----
 // p = exp2(score - lse), both in log2 units, from accumulator `begin` on. The copies keep their place among products.
 template <int Count>
 __device__ __forceinline__ void probabilities(const BackwardArgs& a, const float2 (&lse)[kScores / 4], int begin,
@@ -580,8 +576,7 @@ __device__ __forceinline__ void add_parts(const BackwardArgs& a, const Part& par
     }
 }
 
-// ---- dq: sums to results
-// ----------------------------------------------------------------------------------------------------------------------
+// ---- dq: sums to results ----
 // A warp takes blocks of 4 rows x 64 columns (ffa_bwd.cuh), 16 blocks apart where the other warps have theirs between.
 // A lane's two vectors hold two rows of columns i and i + 8, and of both 32 further.
 constexpr int kPairs = kShareRows / 16;

@@ -76,8 +76,7 @@ static_assert(kShape.dq_buffers % kConsumers == 0 && sizeof(Smem) <= kShape.smem
 
 namespace magi {
 
-// ---- planner: one thread walks the tiles' slices, a little ahead of the loads
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- planner: one thread walks the tiles' slices, a little ahead of the loads ----
 // Where visit `n` is written down.
 __device__ __forceinline__ Visit& visit_to_plan(Smem& s, int n) {
     // The loader took visit n - 2 when the consumers were done with visit n - 4, so storers are with visit n - 5.
@@ -116,8 +115,7 @@ __device__ void plan_visits(const BackwardArgs& a, Smem& s) {
     barrier_arrive(s.visit_planned[n % kPlanned]);
 }
 
-// ---- loader: one thread streams what is planned
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- loader: one thread streams what is planned ----
 __device__ void load_visits(const BackwardArgs& a, Smem& s) {
     int n = 0;
     for (u32 item = 0;; ++item) {
@@ -151,8 +149,7 @@ __device__ void load_visits(const BackwardArgs& a, Smem& s) {
     }
 }
 
-// ---- storers: a thread for each consumer adds its pieces of dq to the workspace
-// ----------------------------------------------------------------------------------------------------------------
+// ---- storers: a thread for each consumer adds its pieces of dq to the workspace ----
 __device__ void add_dq(const BackwardArgs& a, Smem& s, int w) {
     Ring<kBuffers> buffer;
     auto turn_of = [&](const Visit& visit) {
@@ -193,8 +190,7 @@ __device__ void add_dq(const BackwardArgs& a, Smem& s, int w) {
     bulk_wait();
 }
 
-// ---- consumers
-// ----------------------------------------------------------------------------------------------------------------------
+// ---- consumers ----
 // What a thread holds of a gradient: columns in chunks of 64, transposed; whole ones, and half of the keys of a shared
 // one.
 template <int kChunks>

@@ -694,9 +694,8 @@ extern "C" __global__ __launch_bounds__(kThreads) void merge1(const __grid_const
     }
 }
 
-// ---- delta = rowsum(dout * out) - dlse
-// ------------------------------------------------------------------------------------------------ A group of kLanes
-// lanes sums one row.
+// ---- delta = rowsum(dout * out) - dlse ----
+// A group of kLanes lanes sums one row.
 template <int kWidth, int kLanes>
 __device__ void delta_rows(const DeltaArgs& a) {
     const long long groups = (long long)gridDim.x * (kThreads / kLanes);
