@@ -204,7 +204,7 @@ void ffa_backward(const BackwardParams& p, void* workspace, int device) {
         a.v = heads_map(p.dtype, p.v, shape.num_k, shape.num_kv_heads, shape.v_dim, tile_keys(shape));
     }
     a.grad_is_float = p.grad_dtype == Dtype::kF32;
-    if (shape.num_k > 0 && !a.grad_is_float) {
+    if (plan.first.finishes && shape.num_k > 0 && !a.grad_is_float) {  // tall and wide visits store by threads
         a.dk_map = heads_map(p.dtype, p.dk, shape.num_k, shape.num_kv_heads, shape.head_dim, 16);
         a.dv_map = heads_map(p.dtype, p.dv, shape.num_k, shape.num_kv_heads, shape.v_dim, 16);
     }
