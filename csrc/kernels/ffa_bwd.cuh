@@ -114,9 +114,9 @@ MAGI_HD constexpr unsigned backward_smem(int head_dim, int rows) {
            + 2 * 4 * kBackwardStages * rows + 1792;                     // lse, delta; zeros, visits, barriers
 }
 
-// Shapes above 128, known to both sides: a tile of keys against visits of rows, rings of q and dout, and one of buffers
-// of so many rows x 64 columns that dq leaves through. Registers (a tile's dk and dv, over both consumers) and 227 KB
-// of shared memory bound it.
+// Shapes above 128, known to both sides: a tile of keys against visits of rows, rings of q and dout, and buffers of
+// so many rows x 64 columns that dq leaves through, half of them a ring for each consumer. Registers (a tile's dk and
+// dv, over both consumers) and 227 KB of shared memory bound it.
 constexpr int kBackwardWideRows = 64;
 struct BackwardWideShape {
     int head_dim, v_dim, keys, q_stages, dout_stages, dq_rows, dq_buffers;
@@ -140,7 +140,7 @@ MAGI_HD constexpr int backward_wide_shape(int head_dim, int v_dim) {
 
 struct BackwardArgs {
     TensorMap q, k, v, dout;
-    TensorMap dk_map, dv_map;  // boxes of a warp's keys; unless grad_is_float
+    TensorMap dk_map, dv_map;  // boxes of a warp's keys; where backward_finishes, unless grad_is_float
     TileTable table;           // transposed: tiles of keys
     const Slice* slices;
     int num_slices;

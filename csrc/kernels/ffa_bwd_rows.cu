@@ -105,11 +105,7 @@ __device__ void order_visits(const BackwardPrepareArgs& a, Smem& s, int block, i
                 own += visits_block(tile_columns(x, tile.row0, key1), block, block_rows);
             }
         }
-        int sum = own;
-        for (int step = 1; step < 32; step *= 2) {
-            const int below = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += below;
-        }
+        int sum = sum_upto(own);
         if (lane == 31) s.warp_sum[warp] = sum;
         __syncthreads();
         int all = 0;

@@ -120,6 +120,17 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 // Ordinary accesses to global memory before it, bulk copies after it.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// The sum of x over the lanes up to this one.
+template <class Int>
+__device__ __forceinline__ Int sum_upto(Int x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const Int below = __shfl_up_sync(~0u, x, step);
+        if (threadIdx.x % 32 >= step) x += below;
+    }
+    return x;
+}
+
 // threadIdx.x, read where it is needed and not kept in a register.
 __device__ __forceinline__ u32 thread_index() {
     u32 i;

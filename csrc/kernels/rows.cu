@@ -8,16 +8,6 @@ namespace magi {
 constexpr int kThreads = 256;  // of kernels that use no rings
 
 // ---- ranges ----
-// The sum of x over the lanes up to this one.
-template <class Int>
-__device__ __forceinline__ Int sum_upto(Int x) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const Int below = __shfl_up_sync(~0u, x, step);
-        if (threadIdx.x % 32 >= step) x += below;
-    }
-    return x;
-}
 // The sum of x over the threads before this one; all: over the whole block.
 __device__ long long sum_before(long long x, long long& all) {
     __shared__ long long warp_sum[32];

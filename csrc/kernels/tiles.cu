@@ -13,16 +13,6 @@ __device__ Slice slice_at(const TilesArgs& a, int i) {
     return table_slice(a.slices[i], a.num_q, a.num_k, a.transposed);
 }
 __device__ int rows_of(const TilesArgs& a) { return a.transposed ? a.num_k : a.num_q; }
-// The sum of x over the lanes up to this one.
-__device__ __forceinline__ int sum_upto(int x) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, x, step);
-        if (threadIdx.x % 32 >= step) x += below;
-    }
-    return x;
-}
-
 // The sum of x over neighbouring lanes, `group` of them.
 __device__ __forceinline__ int group_sum(int x, int group) {
 #pragma unroll 1
